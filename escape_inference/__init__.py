@@ -1,0 +1,66 @@
+"""Bayesian inference and model comparison for the escape rate of stochastic gradient descent.
+
+>>> import escape_inference as ei
+>>> ei.load_law("power_law").source
+'Mori, Ziyin, Liu, Ueda, ICML 2022'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Comparison": "comparison",
+    "Conditions": "conditions",
+    "EscapeCheck": "escape_check",
+    "InputError": "errors",
+    "Law": "law",
+    "Parameter": "law",
+    "Setting": "law",
+    "aggregate": "conditions",
+    "built_in_laws": "law",
+    "check_escape": "escape_check",
+    "compare": "comparison",
+    "infer": "inference",
+    "kramers_log_prefactor": "law",
+    "load_law": "law",
+    "prepare": "inference",
+    "read_measurements": "table",
+    "simulate_sde": "simulate",
+    "threshold_log_rate": "law",
+    "write_report": "report",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from escape_inference.comparison import Comparison, compare
+    from escape_inference.conditions import Conditions, aggregate
+    from escape_inference.errors import InputError
+    from escape_inference.escape_check import EscapeCheck, check_escape
+    from escape_inference.inference import infer, prepare
+    from escape_inference.law import (
+        Law,
+        Parameter,
+        Setting,
+        built_in_laws,
+        kramers_log_prefactor,
+        load_law,
+        threshold_log_rate,
+    )
+    from escape_inference.report import write_report
+    from escape_inference.simulate import simulate_sde
+    from escape_inference.table import read_measurements
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``--help`` and a table's errors do not wait for JAX."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,103 @@
+"""Bridge sampling on split halves: the computation behind :func:`escape_inference.evidence.bridge_log_evidence`."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from escape_inference.student import LogDensity, call, fit_student
+
+
+def effective_size(values: Float[Array, "chain draw"]) -> Float[Array, ""]:
+    """Effective number of independent draws for a mean over chains, by Geyer's initial monotone sequence.
+
+    As in Vehtari et al., Bayesian Analysis 16, 667 (2021), eqs. 10-13, without ranks; at most the number of draws.
+    """
+    chains, draws = values.shape
+    centred = values - values.mean(axis=1, keepdims=True)
+    spectrum = jnp.fft.rfft(centred, n=2 * draws, axis=1)
+    covariance = jnp.fft.irfft(spectrum * jnp.conj(spectrum), n=2 * draws, axis=1)[:, :draws].mean(axis=0) / draws
+    between = jnp.var(values.mean(axis=1), ddof=1) if chains > 1 else 0.0
+    within = covariance[0] * draws / (draws - 1)
+    total = covariance[0] + between
+    correlation = 1 - (within - covariance * draws / (draws - 1)) / total
+    even = draws - draws % 2
+    pairs = correlation[:even].at[0].set(1.0).reshape(-1, 2).sum(axis=1)
+    positive = jnp.cumprod(pairs > 0)
+    monotone = jax.lax.cummin(jnp.where(positive > 0, pairs, 0.0))
+    time = jnp.maximum(2 * monotone.sum() - 1, 1.0)
+    return jnp.where(total > 0, chains * draws / time, chains * draws)
+
+
+def bridge(
+    posterior: Float[Array, "chain draw"], proposal: Float[Array, " draw"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Optimal bridge between posterior and proposal, from log ratios (density / proposal density) at the draws of each.
+
+    Gronau et al. (2017), eqs. 14-15 (fixed point, here in logarithms) and the appendix (relative mean-square error).
+    """
+    n_posterior, n_proposal = posterior.size, proposal.size
+    size = effective_size(posterior)
+    log_s1 = jnp.log(size / (size + n_proposal))
+    log_s2 = jnp.log(n_proposal / (size + n_proposal))
+
+    def bridge_terms(log_z: Array) -> tuple[Array, Array]:
+        """Logarithms of p / (s1 p + s2 g) at the proposal's draws and of g / (s1 p + s2 g) at the posterior's."""
+        at_proposal = proposal - log_z
+        at_posterior = posterior - log_z
+        return at_proposal - jnp.logaddexp(log_s1 + at_proposal, log_s2), -jnp.logaddexp(log_s1 + at_posterior, log_s2)
+
+    def update(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        log_z, _, count = carry
+        at_proposal, at_posterior = bridge_terms(log_z)
+        step = logsumexp(at_proposal) - jnp.log(n_proposal) - logsumexp(at_posterior) + jnp.log(n_posterior)
+        return log_z + step, jnp.abs(step), count + 1
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        return (carry[1] > 1e-10) & (carry[2] < 1000)
+
+    start = (jnp.median(posterior), jnp.asarray(jnp.inf, posterior.dtype), jnp.asarray(0))
+    log_z, step, _ = jax.lax.while_loop(unfinished, update, start)
+    at_proposal, at_posterior = (jnp.exp(terms) for terms in bridge_terms(log_z))
+    variance = jnp.var(at_proposal) / jnp.mean(at_proposal) ** 2 / n_proposal
+    variance += jnp.var(at_posterior) / jnp.mean(at_posterior) ** 2 / effective_size(at_posterior)
+    return jnp.where(step <= 1e-6, log_z, jnp.nan), variance
+
+
+@partial(jax.jit, static_argnames=("log_density", "batch"))
+def bridge_halves(
+    log_density: LogDensity,
+    draws: Float[Array, "chain draw dim"],
+    data: Any,
+    normal: Float[Array, "half draw dim+freedom"],
+    batch: int,
+) -> tuple[Float[Array, " half"], Float[Array, " half"]]:
+    """Log evidence and its relative variance, fitted on one half of each chain and bridged to the other, both ways.
+
+    ``normal`` are the standard normal numbers that the proposal's draws are made of, as many as draws in a half.
+    """
+    chains, n_draws, dim = draws.shape
+    half = n_draws // 2
+    halves = jnp.stack([draws[:, :half], draws[:, half : 2 * half]])
+
+    def density(z: Array) -> Array:
+        return jax.lax.map(lambda point: call(log_density, point, data), z, batch_size=batch)
+
+    at_draws = density(halves.reshape(-1, dim)).reshape(2, chains, half)
+
+    def one(fitted: Array, bridged: Array, at_bridged: Array, normal: Array) -> tuple[Array, Array]:
+        points = fitted.reshape(-1, dim)
+        proposal = fit_student(points, jnp.full(len(points), 1 / len(points)))
+        candidates = jax.vmap(proposal.transform)(normal)
+        at_candidates = density(candidates)
+        at_candidates = jnp.where(jnp.isnan(at_candidates), -jnp.inf, at_candidates)
+        log_proposal = jax.vmap(proposal.log_density)
+        return bridge(
+            at_bridged - log_proposal(bridged.reshape(-1, dim)).reshape(chains, half),
+            at_candidates - log_proposal(candidates),
+        )
+
+    return jax.lax.map(lambda item: one(*item), (halves, halves[::-1], at_draws[::-1], normal))

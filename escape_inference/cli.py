@@ -1,0 +1,231 @@
+"""The command line: ``escape-inference infer | compare | collect | report``."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from escape_inference.errors import InputError
+
+app = typer.Typer(
+    name="escape-inference",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Infer and compare laws for the escape rate of stochastic gradient descent from measured escape times.",
+    epilog="Start with: escape-inference compare TABLE --output results. The table's columns are described in README.md.",
+)
+TablePath = Annotated[Path, typer.Argument(help="Measured table, CSV or Parquet: one row for each run at one condition.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if it is not there.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Draws = Annotated[int, typer.Option("--draws", min=100, help="Posterior draws of each chain.")]
+Warmup = Annotated[int, typer.Option("--warmup", min=100, help="Warm-up steps of each chain.")]
+Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, run side by side.")]
+
+
+@app.command()
+def infer(
+    table: TablePath,
+    law: Annotated[str, typer.Option("--law", help="Name of a law, or the path of a law's .py file.")] = "power_law",
+    output: Output = Path("results"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    draws: Draws = 1000,
+    warmup: Warmup = 500,
+    chains: Chains = 4,
+) -> None:
+    """Posterior of one law: writes OUTPUT/<law>.nc (open it with arviz.from_netcdf) and prints a summary.
+
+    Example: escape-inference infer data/mnist_two_class.csv --law power_law --output results
+    """
+    from escape_inference import inference, law as laws
+    from escape_inference.posterior import parameters_of, save_tree
+
+    _check_writable(output)
+    chosen = laws.load_law(law)
+    with _progress(quiet) as say:
+        say("reading the table and checking for escape")
+        prepared = inference.prepare(table, seed=seed)
+        say(f"{chosen.name}: sampling")
+        tree = inference.infer(chosen, prepared, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{chosen.name}.nc"
+    save_tree(tree, path)
+    print(f"Escape check: {prepared.check.sentence}")
+    if prepared.left_out:
+        print(f"Left out, not escape: {', '.join(prepared.left_out)}")
+    _print_parameters(chosen.name, parameters_of(tree))
+    if not tree.attrs["trustworthy"]:
+        print(f"NOT TRUSTWORTHY: {tree.attrs['convergence']}")
+    print(f"Posterior: {path}")
+
+
+@app.command()
+def compare(
+    table: TablePath,
+    laws: Annotated[
+        str | None,
+        typer.Option("--laws", help="Comma-separated names or law files; by default every law that applies."),
+    ] = None,
+    output: Output = Path("results"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    draws: Draws = 1000,
+    warmup: Warmup = 500,
+    chains: Chains = 4,
+) -> None:
+    """Fit several laws and compare them: writes posteriors, comparison.csv and comparison.json, prints the verdict.
+
+    The verdict is a law only when leave-one-condition-out and the Bayes factor agree by wide margins at three prior widths;
+    otherwise it is "inconclusive", or "not_escape" when the times are not those of an escape, with the reason.
+
+    Example: escape-inference compare data/mnist_two_class.csv --laws power_law,arrhenius --output results
+    """
+    from escape_inference.comparison import compare as run
+    from escape_inference.inference import prepare
+    from escape_inference.law import load_laws
+    from escape_inference.posterior import save_tree, write_text
+
+    _check_writable(output)
+    names = [name.strip() for name in laws.split(",") if name.strip()] if laws is not None else None
+    if names is not None and not names:
+        raise InputError("--laws names no law; give names separated by commas, or leave the option out")
+    chosen = load_laws(names) if names is not None else None
+    with _progress(quiet) as say:
+        say("reading the table and checking for escape")
+        prepared = prepare(table, seed=seed)
+        result = run(prepared, chosen, seed=seed, draws=draws, warmup=warmup, chains=chains, progress=say)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, tree in result.fits.items():
+        save_tree(tree, output / f"{name}.nc")
+    write_text(output / "comparison.csv", result.table.to_csv())
+    write_text(output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    print(f"Escape check: {prepared.check.sentence}")
+    if prepared.left_out:
+        print(f"Left out, not escape: {', '.join(prepared.left_out)}")
+    _print_comparison(result.report)
+    print(f"Verdict: {result.verdict}")
+    print(f"Reason: {result.reason}")
+    print(f"Results: {output}")
+
+
+@app.command()
+def collect(
+    study: Annotated[Path, typer.Argument(help="Study file (TOML): network, data, minima, conditions.")],
+    output: Output = Path("results"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a campaign that was stopped.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="In place of the study's own seed.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure: train minima, run the replicas, write OUTPUT/measurements.parquet.
+
+    Finished pieces are kept: stop it at any time and go on with --resume; the table is the same as without a stop.
+
+    Example: escape-inference collect scripts/studies/quick.toml --output measured
+    """
+    from escape_inference.trainers.collect import collect as run
+
+    path = run(study, output, resume=resume, seed=seed, progress=not quiet)
+    print(f"Measurements: {path}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with the results of compare.")],
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write FOLDER/report.html from the results of compare: verdict, tables, posteriors, rates against the laws.
+
+    Example: escape-inference report results
+    """
+    from escape_inference.report import write_report
+
+    with _progress(quiet) as say:
+        say("drawing")
+        path = write_report(folder)
+    print(f"Report: {path}")
+
+
+def main() -> None:
+    """Run the command line; exit code 0 done, 2 bad input or usage, 1 anything else."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"escape-inference: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("escape-inference: stopped; nothing half-written is left", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"escape-inference: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    if quiet:
+        yield lambda text: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: console.print(text, highlight=False)
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _check_writable(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file; give a folder")
+    place = output
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--output {output}: no permission to write in {place}")
+
+
+def _format(value: float | bool | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _print_parameters(law: str, parameters: dict[str, dict[str, float]]) -> None:
+    columns = ["mean", "sd", "q05", "q95", "prior_sd", "moved_by_data", "theory", "contains_theory"]
+    rows = [[name, *(_format(row.get(c)) for c in columns)] for name, row in parameters.items()]
+    _print_table(f"{law}: parameters", ["parameter", *columns], rows)
+
+
+def _print_comparison(report: dict) -> None:
+    columns = ["elpd", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "pareto_k_max", "trustworthy"]
+    rows = [
+        [name, *(_format(law[c]) for c in columns), _format(law["discrepancy"]["mean"])] for name, law in report["laws"].items()
+    ]
+    _print_table("laws, best first", ["law", *columns, "discrepancy"], rows)
+    for name, law in report["laws"].items():
+        _print_parameters(name, law["parameters"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Compare laws on one table: leave-one-condition-out, evidence, and a verdict that is withheld when it should be."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import xarray as xr
+from arviz_stats.base import array_stats
+from jaxtyping import Array
+from scipy.special import logsumexp
+
+from escape_inference.cross_validation import (
+    LeaveOneOut,
+    difference,
+    leave_one_out,
+    needs_refit,
+    pareto_limit,
+    stacking_weights,
+    with_refits,
+)
+from escape_inference.escape_check import EscapeCheck
+from escape_inference.evidence import Evidence, agree, bridge_log_evidence, smc_log_evidence
+from escape_inference.inference import (
+    CHAINS,
+    DRAWS,
+    WARMUP,
+    Fit,
+    Prepared,
+    Problem,
+    applicable,
+    build_problem,
+    evaluate_draws,
+    fit_tree,
+    prepare,
+    run_chains,
+    summarise,
+)
+from escape_inference.law import Law, built_in_laws, load_laws
+from escape_inference.model import evaluate, sample_prior
+from escape_inference.precision import float64
+from escape_inference.sampler import Draws, Shapes
+from escape_inference.summary import jsonable, law_sentence, parameter_summary
+from escape_inference.verdict import WIDTHS, Candidate, Pair, decide
+
+Progress = Callable[[str], None]
+SMC_SIZE = {"particles": 512, "moves": 8, "replicates": 4}
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """Everything that is known of one law on these data."""
+
+    fit: Fit
+    loo: dict[float, LeaveOneOut]
+    bridge: dict[float, Evidence]
+    smc: Evidence
+
+    @property
+    def evidence_agrees(self) -> bool:
+        """Whether bridge sampling and tempered SMC agree; if not, Bayes factors with this law are withheld."""
+        return agree(self.bridge[1.0], self.smc)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of :func:`compare`.
+
+    Attributes:
+        verdict: name of the winning law, ``inconclusive`` or ``not_escape``.
+        reason: one sentence with the numbers that decided.
+        table: one row for each law, best first.
+        fits: the ArviZ data tree of every law.
+        report: the content of ``comparison.json``.
+    """
+
+    verdict: str
+    reason: str
+    table: pd.DataFrame
+    fits: dict[str, xr.DataTree]
+    report: dict[str, Any] = field(repr=False)
+
+
+@float64
+def compare(
+    table: str | Path | pd.DataFrame | Prepared,
+    laws: "Sequence[str | Path | Law] | None" = None,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    warmup: int = WARMUP,
+    chains: int = CHAINS,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Fit every law and compare them.
+
+    Args:
+        table: path of a CSV or Parquet table, a data frame, or the result of :func:`~escape_inference.prepare`.
+        laws: names, paths of law files or law objects; by default every built-in law that applies.
+        seed: the same seed gives the same result.
+        draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
+        progress: called with a short text at every step.
+
+    Returns:
+        The verdict, its reason, the table, the posteriors and the report.
+
+    Raises:
+        InputError: bad table or law, or a law that does not apply to the barriers in the table.
+    """
+    say = progress or (lambda text: None)
+    chosen = load_laws(laws) if laws is not None else None
+    say("reading the table and checking for escape")
+    prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
+    prepared.settings.update({"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
+    if chosen is None:
+        chosen = [law for law in built_in_laws().values() if applicable(law, prepared.conditions)]
+    frame = prepared.conditions.frame
+    results: dict[str, LawResult] = {}
+    if len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape":
+        for law in chosen:
+            results[law.name] = _study(build_problem(law, prepared), seed, draws, warmup, chains, say)
+    return _assemble(prepared, chosen, results, seed, say)
+
+
+def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, say: Progress) -> LawResult:
+    """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths."""
+    name, everything = problem.law.name, np.ones(problem.observed.escapes.shape[0])
+
+    def run(weight: np.ndarray, width: float, seed: int, warmup: int = warmup) -> Draws:
+        return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains)
+
+    say(f"{name}: sampling")
+    fit = summarise(problem, run(everything, 1.0, seed))
+    if not fit.convergence.trustworthy:
+        say(f"{name}: sampling again, longer ({fit.convergence.reason})")
+        fit = summarise(problem, run(everything, 1.0, seed + 1, 4 * warmup))
+    say(f"{name}: evidence")
+    log_joint, log_prior, log_likelihood, from_prior = _densities(problem.law, problem.shapes)
+
+    def data(width: float) -> tuple[Any, ...]:
+        return problem.inputs, problem.observed, jnp.asarray(width)
+
+    def bridge(draws: Draws, width: float) -> Evidence:
+        return bridge_log_evidence(log_joint, draws.z, data=data(width), seed=seed)
+
+    smc = smc_log_evidence(log_prior, log_likelihood, from_prior, data=data(1.0), seed=seed, **SMC_SIZE)
+    evidence, loo = {1.0: bridge(fit.draws, 1.0)}, {}
+    sources: dict[float, tuple[Draws, np.ndarray, float]] = {}
+    for width in WIDTHS:
+        log_weight = _log_prior_ratio(problem, fit.draws, width)
+        source, values = fit.draws, fit.log_likelihood
+        if width != 1.0 and not array_stats.psislw(log_weight)[1] < pareto_limit(log_weight.size):
+            say(f"{name}: sampling with prior widths ×{width:g}")
+            source = run(everything, width, seed + 2)
+            values, log_weight = _log_likelihood(problem, source), np.zeros_like(log_weight)
+            evidence[width] = bridge(source, width)
+        elif width != 1.0:
+            evidence[width] = _reweighted(evidence[1.0], log_weight)
+        loo[width] = leave_one_out(values, log_weight)
+        sources[width] = (source, log_weight, 1.0 if source is fit.draws else width)
+    left_out: dict[tuple[float, int], tuple[Draws, np.ndarray]] = {}
+    for width in WIDTHS:
+        found, sampled_width = {}, sources[width][2]
+        for i in map(int, needs_refit(loo[width], draws * chains)):
+            if (sampled_width, i) not in left_out:
+                say(f"{name}: sampling without condition {i + 1}")
+                weight = everything.copy()
+                weight[i] = 0.0
+                without = run(weight, sampled_width, seed + 3)
+                left_out[sampled_width, i] = without, _log_likelihood(problem, without)[..., i].ravel()
+            without, values = left_out[sampled_width, i]
+            ratio = _log_prior_ratio(problem, without, width) if width != sampled_width else np.zeros(values.size)
+            found[i] = values, ratio
+        loo[width] = with_refits(loo[width], found)
+    return LawResult(fit, loo, evidence, smc)
+
+
+def _log_prior_ratio(problem: Problem, draws: Draws, width: float) -> np.ndarray:
+    """Log of the prior density at prior widths × ``width`` over the density at ×1, for every draw."""
+    if width == 1.0:
+        return np.zeros(int(np.prod(draws.z.shape[:2])))
+    log_prior = _densities(problem.law, problem.shapes)[1]
+    flat = jnp.asarray(draws.z.reshape(-1, draws.z.shape[-1]))
+    at = [
+        _map_points(log_prior, flat, (problem.inputs, problem.observed, jnp.asarray(factor))) for factor in (width, 1.0)
+    ]
+    return np.asarray(at[0] - at[1])
+
+
+@partial(jax.jit, static_argnames=("function",))
+def _map_points(function: Callable[..., Array], points: Array, data: Any) -> Array:
+    return jax.lax.map(lambda z: function(z, data), points, batch_size=200)
+
+
+def _reweighted(evidence: Evidence, log_weight: np.ndarray) -> Evidence:
+    """The evidence under another prior: Z times the posterior mean of the prior ratio, with its Monte Carlo error."""
+    shift = logsumexp(log_weight) - np.log(log_weight.size)
+    weight = np.exp(log_weight - shift)
+    error = float(np.std(weight) / np.sqrt(weight.size / 4))
+    return Evidence(evidence.log_evidence + float(shift), float(np.hypot(evidence.standard_error, error)), "bridge")
+
+
+def _log_likelihood(problem: Problem, run: Draws) -> np.ndarray:
+    flat = jnp.asarray(run.z.reshape(-1, run.z.shape[-1]))
+    values, _ = evaluate_draws(flat, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes)
+    return np.asarray(values).reshape(*run.z.shape[:2], -1)
+
+
+@lru_cache(maxsize=64)
+def _densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
+    """Densities of a law as functions of (z, data) whose identity is stable, so that nothing compiles twice."""
+
+    def value(z: Array, data: Any) -> Any:
+        inputs, observed, width = data
+        return evaluate(z, law, dict(shapes), inputs, observed, width)
+
+    def log_prior(z: Array, data: Any) -> Array:
+        return value(z, data).log_prior
+
+    def log_likelihood(z: Array, data: Any) -> Array:
+        return jnp.sum(value(z, data).log_likelihood)
+
+    def log_joint(z: Array, data: Any) -> Array:
+        one = value(z, data)
+        return one.log_prior + jnp.sum(one.log_likelihood)
+
+    def from_prior(key: Array, data: Any) -> Array:
+        inputs, observed, width = data
+        return sample_prior(key, law, inputs, observed, 1, width)[0]
+
+    return log_joint, log_prior, log_likelihood, from_prior
+
+
+def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
+    pairs = {}
+    for one, two in permutations(results, 2):
+        a, b = results[one], results[two]
+        shown = a.evidence_agrees and b.evidence_agrees
+        pairs[one, two] = [
+            Pair(
+                width,
+                *difference(a.loo[width], b.loo[width]),
+                a.bridge[width].log_evidence - b.bridge[width].log_evidence if shown else float("nan"),
+            )
+            for width in WIDTHS
+        ]
+    return pairs
+
+
+def _assemble(
+    prepared: Prepared, laws: Sequence[Law], results: dict[str, LawResult], seed: int, say: Progress
+) -> Comparison:
+    frame, check = prepared.conditions.frame, prepared.check
+    pairs = _pairs(results)
+    candidates = [
+        Candidate(
+            law.name,
+            law.special_cases,
+            results[law.name].fit.convergence.trustworthy,
+            results[law.name].fit.convergence.reason,
+        )
+        for law in laws
+        if law.name in results
+    ]
+    verdict, reason = decide(check, candidates, pairs, len(frame))
+    say("writing up")
+    fits = {name: fit_tree(result.fit, prepared, seed=seed) for name, result in results.items()}
+    names = sorted(results, key=lambda name: -results[name].loo[1.0].elpd)
+    weights = stacking_weights(np.array([results[n].loo[1.0].pointwise for n in names])) if names else []
+    evidences = np.array([results[n].bridge[1.0].log_evidence for n in names])
+    shown = bool(names) and all(results[n].evidence_agrees for n in names)
+    probabilities = np.exp(evidences - logsumexp(evidences)) if shown else np.full(len(names), np.nan)
+    entries = {}
+    for name, weight, probability in zip(names, weights, probabilities, strict=True):
+        entries[name] = _entry(results[name], results[names[0]], float(weight), float(probability), fits[name])
+    if verdict in results:
+        reason += law_sentence(verdict, entries[verdict]["parameters"], entries[verdict]["discrepancy"])
+    report = {
+        "verdict": verdict,
+        "reason": reason,
+        "laws": entries,
+        "pairs": [
+            {"law": a, "rival": b, "prior_width": p.width, "elpd_diff": p.elpd_diff, "elpd_diff_se": p.elpd_diff_se}
+            | {"log_bayes_factor": p.log_bayes_factor}
+            for (a, b), several in pairs.items()
+            if a < b
+            for p in several
+        ],
+        "escape_check": check.as_dict(),
+        "left_out": list(prepared.left_out),
+        "data": {
+            "path": str(prepared.conditions.path),
+            "sha256": prepared.conditions.sha256,
+            "minima": len(prepared.conditions.minima),
+            "conditions": len(frame),
+            "runs": int(prepared.conditions.n_runs),
+            "escapes": int(prepared.conditions.n_escapes),
+        },
+        "settings": prepared.settings,
+    }
+    report = jsonable(report)
+    return Comparison(verdict, reason, _table(report["laws"]), fits, report)
+
+
+def _entry(result: LawResult, best: LawResult, weight: float, probability: float, tree: xr.DataTree) -> dict[str, Any]:
+    loo, convergence = result.loo[1.0], result.fit.convergence
+    gap, error = difference(loo, best.loo[1.0])
+    k = np.where(loo.refitted, -np.inf, loo.pareto_k)
+    bridge = result.bridge[1.0]
+    discrepancy = result.fit.sites["discrepancy"]
+    return {
+        "elpd": loo.elpd,
+        "elpd_se": loo.standard_error,
+        "elpd_diff": gap,
+        "elpd_diff_se": error,
+        "stacking_weight": weight,
+        "log_evidence": bridge.log_evidence,
+        "log_evidence_se": bridge.standard_error,
+        "log_evidence_smc": result.smc.log_evidence,
+        "log_evidence_smc_se": result.smc.standard_error,
+        "evidence_methods_agree": result.evidence_agrees,
+        "log_evidence_by_prior_width": {f"{w:g}": e.log_evidence for w, e in sorted(result.bridge.items())},
+        "posterior_probability": probability,
+        "discrepancy": {
+            "mean": discrepancy.mean(),
+            "q05": np.quantile(discrepancy, 0.05),
+            "q95": np.quantile(discrepancy, 0.95),
+        },
+        "parameters": parameter_summary(result.fit),
+        "rhat_max": convergence.rhat_max,
+        "ess_min": convergence.ess_min,
+        "divergences": convergence.divergences,
+        "pareto_k_max": k.max(),
+        "refitted_conditions": int(loo.refitted.sum()),
+        "trustworthy": convergence.trustworthy,
+        "not_trustworthy_because": convergence.reason or None,
+    }
+
+
+def _table(laws: dict[str, Any]) -> pd.DataFrame:
+    columns = (
+        *("elpd", "elpd_se", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "log_evidence_se"),
+        *("posterior_probability", "rhat_max", "ess_min", "divergences", "pareto_k_max", "trustworthy"),
+    )
+    rows = {
+        name: {c: entry[c] for c in columns[:8]}
+        | {f"discrepancy_{q}": entry["discrepancy"][q] for q in ("mean", "q05", "q95")}
+        | {c: entry[c] for c in columns[8:]}
+        for name, entry in laws.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("law")

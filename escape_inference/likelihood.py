@@ -1,0 +1,243 @@
+"""The likelihood of one condition's escapes, with the law's error integrated out.
+
+From the quasi-stationary state each look at the loss finds an escape with probability ``1 − exp(−κ w)``, ``w = η m`` for a look
+every m iterations. All that the runs of a condition say about κ is then the number of escapes d and the exposure e up to the
+beginning of the intervals that hold them (a run that did not escape counts its whole length):
+
+    log p = d log(1 − exp(−κ w)) − κ e.
+
+Where the check found a delay, the waiting time is Gamma with mean 1/κ and unknown shape, and the log-likelihood as a function of
+log κ arrives as a table (:mod:`escape_inference.waiting`).
+
+No law is exact. The log rate of a condition is the law's plus δ ~ Normal(0, σ), and δ is integrated out by Gauss-Hermite quadrature
+around its mode, which is known in closed form (Lambert's W), so that leaving a condition out is a smooth operation.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from numpyro.distributions import Distribution, constraints
+
+NODES = 13
+_X, _W = np.polynomial.hermite.hermgauss(NODES)
+_LOG_WEIGHT = np.log(_W) + _X**2 + 0.5 * np.log(2.0)
+LARGEST_LOG_RATE = 80.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observations:
+    """What was seen, one entry for each condition, and tables for the delayed ones.
+
+    ``escapes`` d; ``looks`` the number of looks at the loss (of all runs, escapes included); ``look_width`` w in time units;
+    ``weight`` 1, or 0 to leave the condition out.
+    ``delayed`` holds the positions of the conditions with a Gamma waiting time; ``table_*`` their log-likelihood on uniform grids
+    of log κ, ``table_escapes`` and ``table_exposure`` the exponential likelihood with the same maximum and curvature.
+    """
+
+    escapes: Float[Array, " condition"]
+    looks: Float[Array, " condition"]
+    look_width: Float[Array, " condition"]
+    weight: Float[Array, " condition"]
+    delayed: Int[Array, " delayed"]
+    table_start: Float[Array, " delayed"]
+    table_step: Float[Array, " delayed"]
+    table_values: Float[Array, "delayed grid"]
+    table_escapes: Float[Array, " delayed"]
+    table_exposure: Float[Array, " delayed"]
+
+    @property
+    def exposure_before(self) -> Float[Array, " condition"]:
+        """e: the exposure up to the beginning of the intervals that hold the escapes, in time units."""
+        return (self.looks - self.escapes) * self.look_width
+
+
+def log_escape_probability(log_hazard: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``log(1 − exp(−y))`` from ``log y``, exact and with exact gradients from y = 0 to y = ∞.
+
+    >>> float(log_escape_probability(-5000.0)), float(log_escape_probability(7.0))
+    (-5000.0, -0.0)
+    """
+    bounded = jnp.clip(log_hazard, -LARGEST_LOG_RATE, LARGEST_LOG_RATE)
+    return jnp.log(-jnp.expm1(-jnp.exp(bounded))) + jnp.minimum(log_hazard + LARGEST_LOG_RATE, 0.0)
+
+
+def log_likelihood_given_rate(
+    log_rate: Float[Array, "..."],
+    escapes: Float[Array, "..."],
+    exposure_before: Float[Array, "..."],
+    look_width: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """``d log(1 − exp(−κ w)) − κ e`` for a given log κ, elementwise.
+
+    >>> round(float(log_likelihood_given_rate(0.0, 1.0, 2.0, 1.0)), 4)
+    -2.4587
+    """
+    rate = jnp.exp(jnp.minimum(log_rate, LARGEST_LOG_RATE))
+    seen = jnp.where(escapes > 0, escapes * log_escape_probability(log_rate + jnp.log(look_width)), 0.0)
+    return seen - rate * exposure_before
+
+
+def marginal_log_likelihood(
+    log_rate: Float[Array, " condition"], discrepancy: Float[Array, ""], observed: Observations
+) -> Float[Array, " condition"]:
+    """Log-likelihood of each condition with δ ~ Normal(0, ``discrepancy``) on the log rate integrated out.
+
+    Differentiable in ``log_rate`` and ``discrepancy``: with E the mean over the integrand, the derivatives are ``E[δ]/σ²`` and
+    ``E[δ²]/σ³ − 1/σ`` (integration by parts), so they cost nothing beyond the value.
+
+    Args:
+        log_rate: the law's natural log rates, per unit time.
+        discrepancy: σ > 0.
+        observed: what was seen.
+
+    Returns:
+        One value for each condition (weights are not applied).
+    """
+    return _marginal(log_rate, jnp.broadcast_to(discrepancy, jnp.shape(log_rate)), observed)
+
+
+@jax.custom_jvp
+def _marginal(log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
+    return _marginal_and_moments(log_rate, discrepancy, observed)[0]
+
+
+@_marginal.defjvp
+def _marginal_jvp(primals: tuple[Array, Array, Observations], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+    log_rate, discrepancy, observed = primals
+    value, first, second = _marginal_and_moments(log_rate, discrepancy, observed)
+    slope = first / discrepancy**2
+    spread = second / discrepancy**3 - 1 / discrepancy
+    return value, slope * tangents[0] + spread * tangents[1]
+
+
+def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observations) -> tuple[Array, Array, Array]:
+    escapes, exposure = _exponential_twin(observed)
+    mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
+    delta = mode + jnp.sqrt(2.0) * scale * _X[:, None]
+    exponent = _LOG_WEIGHT[:, None] + _log_likelihood(log_rate + delta, observed) - 0.5 * (delta / discrepancy) ** 2
+    top = jnp.max(exponent, axis=0)
+    weight = jnp.exp(exponent - top)
+    total = weight.sum(axis=0)
+    value = top + jnp.log(total * scale / discrepancy) - 0.5 * jnp.log(2 * jnp.pi)
+    return value, (weight * delta).sum(axis=0) / total, (weight * delta**2).sum(axis=0) / total
+
+
+def conditional_discrepancy(
+    key: Array, log_rate: Float[Array, " condition"], discrepancy: Float[Array, ""], observed: Observations
+) -> Float[Array, " condition"]:
+    """One draw of every condition's δ from its posterior given the law's rates and σ (on the quadrature's nodes, smoothed)."""
+    escapes, exposure = _exponential_twin(observed)
+    mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
+    grid = jnp.linspace(-6.0, 6.0, 121)[:, None]
+    delta = mode + scale * grid
+    log_density = _log_likelihood(log_rate + delta, observed) - 0.5 * (delta / discrepancy) ** 2
+    choice_key, jitter_key = jax.random.split(key)
+    choice = jax.random.categorical(choice_key, log_density, axis=0)
+    jitter = jax.random.uniform(jitter_key, choice.shape, minval=-0.05, maxval=0.05)
+    return mode + scale * (grid[choice, 0] + jitter)
+
+
+def _exponential_twin(observed: Observations) -> tuple[Array, Array]:
+    """Escapes and exposure of the exponential likelihood that is closest to each condition's own."""
+    escapes, exposure = observed.escapes, observed.exposure_before + 0.5 * observed.escapes * observed.look_width
+    if observed.delayed.size:
+        escapes = escapes.at[observed.delayed].set(observed.table_escapes)
+        exposure = exposure.at[observed.delayed].set(observed.table_exposure)
+    return escapes, exposure
+
+
+def _log_likelihood(log_rate: Array, observed: Observations) -> Array:
+    """Log-likelihood ``[node, condition]`` for given log rates, from the counts or from the table."""
+    value = log_likelihood_given_rate(log_rate, observed.escapes, observed.exposure_before, observed.look_width)
+    if observed.delayed.size:
+        value = value.at[:, observed.delayed].set(_from_table(log_rate[:, observed.delayed], observed))
+    return value
+
+
+def _mode_and_scale(
+    log_rate: Array, discrepancy: Array, escapes: Array, exposure: Array, observed: Observations
+) -> tuple[Array, Array]:
+    """Mode of the integrand in δ and its Gaussian width, from ``δ = dσ² − W(σ² E κ exp(dσ²))`` and two Newton steps."""
+    variance = discrepancy**2
+    w = _lambert_w_of_exp(jnp.log(variance) + jnp.log(exposure) + log_rate + escapes * variance)
+    mode = escapes * variance - w
+    curvature = (1 + w) / variance
+    coarse = observed.look_width > 0
+    if observed.delayed.size:
+        coarse = coarse.at[observed.delayed].set(False)
+    for _ in range(2):
+        y = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE)) * observed.look_width
+        e = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE)) * observed.exposure_before
+        r = jnp.where(y < 1e-8, 1 - y / 2, y / jnp.expm1(jnp.clip(y, 1e-8, 600.0)))
+        slope = observed.escapes * r - e - mode / variance
+        bend = observed.escapes * r * (y + r - 1) + e + 1 / variance
+        mode = jnp.where(coarse, mode + slope / bend, mode)
+        curvature = jnp.where(coarse, bend, curvature)
+    return mode, 1 / jnp.sqrt(curvature)
+
+
+def _lambert_w_of_exp(a: Array) -> Array:
+    """Solve ``w + log w = a`` (Lambert's W of exp(a)), for any real a."""
+    w = jnp.where(a > 1.0, a - jnp.log(jnp.maximum(a, 1.0)), jnp.exp(jnp.minimum(a, 1.0)) / (1 + jnp.exp(jnp.minimum(a, 1.0))))
+    for _ in range(4):
+        w = jnp.where(a < -30.0, jnp.exp(jnp.minimum(a, 0.0)), w * (1 + a - jnp.log(jnp.maximum(w, 1e-300))) / (1 + w))
+    return jnp.maximum(w, 0.0)
+
+
+def _from_table(log_rate: Array, observed: Observations) -> Array:
+    """Cubic interpolation of the tabulated log-likelihood minus its exponential twin; constant difference outside the grid."""
+    points = observed.table_values.shape[1]
+    grid = observed.table_start[:, None] + observed.table_step[:, None] * jnp.arange(points)
+    twin = observed.table_escapes * log_rate - observed.table_exposure * jnp.exp(jnp.minimum(log_rate, LARGEST_LOG_RATE))
+    residual = observed.table_values - (
+        observed.table_escapes[:, None] * grid - observed.table_exposure[:, None] * jnp.exp(grid)
+    )
+    position = jnp.clip((log_rate - observed.table_start) / observed.table_step, 1.0, points - 2.0)
+    left = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 1, points - 3)
+    t = position - left
+    rows = jnp.arange(observed.delayed.size)
+    p0, p1, p2, p3 = (residual[rows, (left + k).astype(int)] for k in (-1, 0, 1, 2))
+    curve = p1 + 0.5 * t * (p2 - p0 + t * (2 * p0 - 5 * p1 + 4 * p2 - p3 + t * (3 * (p1 - p2) + p3 - p0)))
+    return twin + curve
+
+
+class EscapeCounts(Distribution):
+    """Escapes of every condition for its exposure, the law's discrepancy integrated out.
+
+    Each look is one trial; ``sample`` draws a discrepancy and then the number of escapes among the looks of the condition,
+    the record that ``log_prob`` scores (the order of the escapes is known, so there is no binomial coefficient). For a delayed
+    condition ``log_prob`` scores the tabulated waiting times and ``sample`` draws the count of the corresponding renewal process.
+
+    NumPyro's censored distributions are no substitute: their log survival saturates and loses its gradient in the tail.
+    """
+
+    arg_constraints: dict[str, Any] = {"log_rate": constraints.real, "discrepancy": constraints.positive}  # noqa: RUF012
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_rate: Array, discrepancy: Array, observed: Observations) -> None:
+        self.log_rate, self.discrepancy, self.observed = log_rate, discrepancy, observed
+        super().__init__(batch_shape=jnp.shape(log_rate), validate_args=False)
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Escapes ``[*sample_shape, condition]`` for the observed exposures, at a fresh discrepancy."""
+        assert key is not None
+        delta_key, count_key, shape_key = jax.random.split(key, 3)
+        seen, shape = self.observed, (*sample_shape, *self.batch_shape)
+        rate = jnp.exp(self.log_rate + self.discrepancy * jax.random.normal(delta_key, shape))
+        count = jax.random.binomial(count_key, jnp.round(seen.looks), -jnp.expm1(-rate * seen.look_width), shape)
+        if seen.delayed.size:
+            index = seen.delayed
+            sharpness = seen.table_escapes / jnp.maximum(seen.escapes[index], 1.0)
+            events = jax.random.poisson(shape_key, rate[..., index] * seen.table_exposure, (*sample_shape, index.size))
+            count = count.at[..., index].set(jnp.floor(events / sharpness))
+        return count
+
+    def log_prob(self, value: Array) -> Float[Array, " condition"]:
+        """Log-likelihood of each condition for the escapes ``value`` in the observed exposure."""
+        observed = Observations(**{**self.observed.__dict__, "escapes": jnp.asarray(value, self.log_rate.dtype)})
+        return marginal_log_likelihood(self.log_rate, self.discrepancy, observed)

@@ -1,0 +1,315 @@
+"""The NumPyro model: priors of a law, latent settings, one observed site with one element for each condition.
+
+:func:`build_inputs` turns conditions into arrays once; :func:`escape_model` is the model; :func:`evaluate` gives its log prior, its
+log-likelihood and its derived quantities at a point of unconstrained space, which is all that the samplers need.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pandas as pd
+from jaxtyping import Array, Float, Int
+from numpyro import handlers
+
+from escape_inference.conditions import Conditions
+from escape_inference.law import Law, Setting, typical_curvature
+from escape_inference.likelihood import EscapeCounts, Observations
+from escape_inference.waiting import gamma_likelihood
+
+MEAN_DISCREPANCY = 0.5
+BARRIER_FLOOR = 0.02
+MINIMUM_QUANTITIES = ("loss_minimum", "hessian_minimum", "effective_dimension")
+LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
+
+
+class Measured(NamedTuple):
+    """Log-normal knowledge of one quantity: centre and spread of its logarithm, and which entries are latent."""
+
+    center: Float[Array, " item"]
+    spread: Float[Array, " item"]
+    latent: Int[Array, " latent"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """Settings of the conditions as arrays, sorted by kind of barrier and start (``groups``)."""
+
+    learning_rate: Float[Array, " condition"]
+    batch_size: Float[Array, " condition"]
+    check_interval: Float[Array, " condition"]
+    minimum: Int[Array, " condition"]
+    level: Int[Array, " condition"]
+    level_minimum: Int[Array, " level"]
+    measured: dict[str, Measured]
+    dimension_measured: Array
+    medians: dict[str, Float[Array, ""]]
+    groups: tuple[tuple[str, str, int, int], ...] = field(metadata={"static": True})
+    dimension_carried: str = field(metadata={"static": True})
+
+    @property
+    def barriers(self) -> set[str]:
+        """The kinds of barrier that occur."""
+        return {group[0] for group in self.groups}
+
+
+def sort_conditions(conditions: Conditions) -> Conditions:
+    """The same conditions, grouped by kind of barrier and start."""
+    order = conditions.frame.sort_values(["barrier", "start"], kind="stable").index.to_numpy()
+    return conditions.select(order)
+
+
+def build_inputs(law: Law, conditions: Conditions) -> Inputs:
+    """Arrays of the settings, and what is known of each minimum and barrier, from sorted conditions.
+
+    Empty values are latent with wide log-normal priors: h* around the typical h* of the table (0.2 / median learning rate if there
+    is none) with log-sd 1.5; L* a factor e below its lowest barrier with log-sd 1 (1 with log-sd 2 if no barrier is known); L^s a
+    factor e above L*, log-sd 1; h^s around h*, log-sd 1; n has the prior of the law.
+    """
+    frame = conditions.frame
+    minima = pd.Index(conditions.minima)
+    minimum = minima.get_indexer(frame["minimum"])
+    keys = ["minimum", "barrier", "loss_barrier", "loss_barrier_se", "hessian_saddle", "hessian_saddle_se"]
+    level = frame.groupby(keys, dropna=False, sort=False).ngroup().to_numpy()
+    first_of_minimum = frame.iloc[np.unique(minimum, return_index=True)[1]]
+    first_of_level = frame.iloc[np.unique(level, return_index=True)[1]]
+    level_minimum = minima.get_indexer(first_of_level["minimum"])
+
+    measured = {}
+    h_default = np.full(len(minima), np.log(typical_curvature(frame)))
+    measured["hessian_minimum"] = _measured(first_of_minimum, "hessian_minimum", h_default, 1.5)
+    barrier_log = np.log(first_of_level["loss_barrier"].to_numpy(float))
+    lowest = pd.Series(barrier_log).groupby(level_minimum).min().reindex(range(len(minima))).to_numpy()
+    l_default, l_width = np.where(np.isfinite(lowest), lowest - 1.0, 0.0), np.where(np.isfinite(lowest), 1.0, 2.0)
+    measured["loss_minimum"] = _measured(first_of_minimum, "loss_minimum", l_default, l_width)
+    measured["loss_barrier"] = _measured(
+        first_of_level, "loss_barrier", measured["loss_minimum"].center[level_minimum] + 1.0, 1.0
+    )
+    h_level = measured["hessian_minimum"].center[level_minimum]
+    saddle = _measured(first_of_level, "hessian_saddle", h_level, 1.0)
+    is_threshold = (first_of_level["barrier"] == "threshold").to_numpy()
+    measured["hessian_saddle"] = Measured(
+        np.where(is_threshold, h_level, saddle.center),
+        np.where(is_threshold, 0.0, saddle.spread),
+        saddle.latent[~is_threshold[saddle.latent]],
+    )
+    dimension = _measured(first_of_minimum, "effective_dimension", np.zeros(len(minima)), 0.0)
+    known = first_of_minimum["effective_dimension"].notna().to_numpy()
+    measured["effective_dimension"] = dimension
+    uses_dimension = any(p.name == "effective_dimension" for p in law.parameters_for(set(frame["barrier"])))
+    carried = "none" if not (uses_dimension and known.any()) else "all" if known.all() else "some"
+
+    groups, kinds = [], list(zip(frame["barrier"], frame["start"], strict=True))
+    for kind in dict.fromkeys(kinds):
+        where = [i for i, other in enumerate(kinds) if other == kind]
+        groups.append((*kind, where[0], where[-1] + 1))
+    parameters = law.parameters_for(set(frame["barrier"]))
+    return Inputs(
+        learning_rate=frame["learning_rate"].to_numpy(float),
+        batch_size=frame["batch_size"].to_numpy(float),
+        check_interval=frame["check_interval"].to_numpy(float),
+        minimum=minimum,
+        level=level,
+        level_minimum=level_minimum,
+        measured=measured,
+        dimension_measured=known,
+        medians={p.name: np.asarray(p.median_for(frame)) for p in parameters},
+        groups=tuple(groups),
+        dimension_carried=carried,
+    )
+
+
+def build_observations(conditions: Conditions, delayed: np.ndarray) -> Observations:
+    """Counts of sorted conditions, and the tabulated Gamma likelihood of those where ``delayed`` is true."""
+    frame = conditions.frame
+    index = np.flatnonzero(delayed)
+    tables = [
+        gamma_likelihood(conditions.times[conditions.times["condition"] == i], float(frame["learning_rate"].iloc[i]))
+        for i in index
+    ]
+    width = frame["look_width"].to_numpy(float)
+    escapes = frame["escapes"].to_numpy(float)
+    values = np.array([t.log_likelihood for t in tables]).reshape(len(tables), -1 if tables else 4)
+    twins = [_exponential_twin(t.log_rate, t.log_likelihood) for t in tables]
+    return Observations(
+        escapes=escapes,
+        looks=frame["exposure_before"].to_numpy(float) / width + escapes,
+        look_width=width,
+        weight=np.ones(len(frame)),
+        delayed=index,
+        table_start=np.array([t.log_rate[0] for t in tables]),
+        table_step=np.array([t.log_rate[1] - t.log_rate[0] for t in tables]),
+        table_values=values,
+        table_escapes=np.array([t[0] for t in twins]),
+        table_exposure=np.array([t[1] for t in twins]),
+    )
+
+
+def parameter_values(
+    law: Law, inputs: Inputs, width: Float[Array, ""] | float
+) -> tuple[dict[str, Array], Float[Array, ""], Float[Array, ""]]:
+    """Sample the law's own parameters, the log prefactor and the discrepancy σ.
+
+    σ has an exponential prior of mean 0.5 (a factor of 1.6), sampled through a standard normal variable so that its
+    neighbourhood of zero is as easy for the sampler as the rest.
+    """
+    values = {}
+    for p in law.parameters_for(inputs.barriers):
+        if p.name == "effective_dimension" and inputs.dimension_carried == "all":
+            continue
+        name = "effective_dimension_unmeasured" if (p.name, inputs.dimension_carried) == (
+            "effective_dimension",
+            "some",
+        ) else p.name
+        values[p.name] = numpyro.sample(name, p.prior(inputs.medians[p.name], width))
+    log_prefactor = numpyro.sample("log_prefactor", dist.Normal(0.0, 1.0 * width))
+    base = numpyro.sample("discrepancy_base", dist.Normal(0.0, 1.0))
+    discrepancy = -MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base)
+    return values, log_prefactor, numpyro.deterministic("discrepancy", jnp.maximum(discrepancy, 1e-6))
+
+
+def latent_log(name: str, measured: Measured) -> Float[Array, " item"]:
+    """Logarithm of a measured quantity; entries with an error, or empty ones, are standard-normal latents ``<name>_base``."""
+    if measured.latent.shape[0] == 0:
+        return jnp.asarray(measured.center)
+    size = measured.latent.shape[0]
+    base = numpyro.sample(f"{name}_base", dist.Normal(jnp.zeros(size), 1.0).to_event(1))
+    return jnp.asarray(measured.center).at[measured.latent].add(jnp.asarray(measured.spread)[measured.latent] * base)
+
+
+def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[Array, ""] | float = 1.0) -> None:
+    """The NumPyro model of a law.
+
+    Args:
+        law: the law.
+        inputs: settings of the conditions.
+        observed: what was seen; its ``escapes`` are the observed values.
+        width: factor on every prior standard deviation of the parameters.
+    """
+    values, log_prefactor, discrepancy = parameter_values(law, inputs, width)
+    logs = {
+        name: latent_log(name, inputs.measured[name])
+        for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)
+    }
+    log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
+    if inputs.measured["loss_minimum"].latent.shape[0] or inputs.measured["loss_barrier"].latent.shape[0]:
+        log_barrier = BARRIER_FLOOR * jax.nn.softplus(log_barrier / BARRIER_FLOOR)
+    if inputs.dimension_carried != "none":
+        by_minimum = jnp.exp(latent_log("effective_dimension", inputs.measured["effective_dimension"]))
+        if inputs.dimension_carried == "some":
+            by_minimum = jnp.where(inputs.dimension_measured, by_minimum, values["effective_dimension"])
+        values["effective_dimension"] = numpyro.deterministic("effective_dimension", by_minimum)[inputs.minimum]
+    for name in MINIMUM_QUANTITIES[:2]:
+        if inputs.measured[name].latent.shape[0]:
+            numpyro.deterministic(name, jnp.exp(logs[name]))
+
+    temperatures, rates = [], []
+    for barrier, start, first, last in inputs.groups:
+        part = slice(first, last)
+        setting = Setting(
+            learning_rate=jnp.asarray(inputs.learning_rate[part]),
+            batch_size=jnp.asarray(inputs.batch_size[part]),
+            check_interval=jnp.asarray(inputs.check_interval[part]),
+            loss_minimum=jnp.exp(logs["loss_minimum"])[inputs.minimum[part]],
+            log_barrier=log_barrier[inputs.level[part]],
+            hessian_minimum=jnp.exp(logs["hessian_minimum"])[inputs.minimum[part]],
+            hessian_saddle=jnp.exp(logs["hessian_saddle"])[inputs.level[part]],
+            barrier=barrier,  # type: ignore[arg-type]
+            start=start,  # type: ignore[arg-type]
+        )
+        here = {name: value[part] if jnp.ndim(value) else value for name, value in values.items()}
+        shape = (last - first,)
+        temperatures.append(jnp.broadcast_to(law.temperature(here, setting), shape))
+        rates.append(jnp.broadcast_to(law.log_rate(here, setting), shape))
+    numpyro.deterministic("temperature", jnp.concatenate(temperatures))
+    numpyro.deterministic("log_barrier", log_barrier[inputs.level])
+    log_rate = numpyro.deterministic("log_rate", jnp.concatenate(rates) + log_prefactor)
+    with numpyro.plate("condition", log_rate.shape[0]), handlers.mask(mask=observed.weight > 0):
+        numpyro.sample("escapes", EscapeCounts(log_rate, discrepancy, observed), obs=observed.escapes)
+
+
+class Evaluation(NamedTuple):
+    """The model at one point of unconstrained space: log prior (Jacobian included), log-likelihoods, named values."""
+
+    log_prior: Float[Array, ""]
+    log_likelihood: Float[Array, " condition"]
+    sites: dict[str, Array]
+
+
+def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shape of every sampled site and whether it is positive, in the order of the unconstrained vector."""
+    trace = handlers.trace(handlers.seed(escape_model, 0)).get_trace(law, inputs, observed)
+    sampled = {k: s for k, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    return {k: (jnp.shape(s["value"]), s["fn"].support is dist.constraints.positive) for k, s in sampled.items()}
+
+
+def unpack(z: Float[Array, " dim"], shapes: Mapping[str, tuple[tuple[int, ...], bool]]) -> tuple[dict[str, Array], Array]:
+    """Named constrained values of an unconstrained vector, and the log Jacobian of the map."""
+    values, position, log_jacobian = {}, 0, jnp.zeros(())
+    for name, (shape, positive) in shapes.items():
+        size = int(np.prod(shape))
+        part = z[position : position + size].reshape(shape)
+        values[name] = jnp.exp(part) if positive else part
+        log_jacobian += jnp.sum(part) if positive else 0.0
+        position += size
+    return values, log_jacobian
+
+
+def evaluate(
+    z: Float[Array, " dim"],
+    law: Law,
+    shapes: Mapping[str, tuple[tuple[int, ...], bool]],
+    inputs: Inputs,
+    observed: Observations,
+    width: Float[Array, ""] | float = 1.0,
+) -> Evaluation:
+    """Log prior and log-likelihoods at an unconstrained point (weights not applied to the latter)."""
+    values, log_jacobian = unpack(z, shapes)
+    trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, width)
+    log_prior = log_jacobian
+    for name in shapes:
+        log_prior += jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"]))
+    site = trace["escapes"]["fn"]
+    base = site.base_dist if hasattr(site, "base_dist") else site
+    log_likelihood = base.log_prob(observed.escapes)
+    sites = {k: s["value"] for k, s in trace.items() if s["type"] == "deterministic" or k in shapes}
+    return Evaluation(log_prior, log_likelihood, sites)
+
+
+def sample_prior(
+    key: Array, law: Law, inputs: Inputs, observed: Observations, count: int, width: float = 1.0
+) -> Float[Array, "count dim"]:
+    """Draws from the prior in unconstrained space."""
+    shapes = site_shapes(law, inputs, observed)
+
+    def one(key: Array) -> Array:
+        model = handlers.block(handlers.seed(escape_model, key), hide=["escapes"])
+        trace = handlers.trace(model).get_trace(law, inputs, observed, width)
+        parts = [jnp.log(trace[k]["value"]) if positive else trace[k]["value"] for k, (_, positive) in shapes.items()]
+        return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
+def _measured(frame: pd.DataFrame, name: str, default: np.ndarray, width: np.ndarray | float) -> Measured:
+    value, error = frame[name].to_numpy(float), frame[f"{name}_se"].fillna(0.0).to_numpy(float)
+    missing = np.isnan(value)
+    spread = np.where(missing, width, error / np.where(missing, 1.0, value))
+    center = np.where(missing, default, np.log(np.where(missing, 1.0, value)))
+    return Measured(center, spread, np.flatnonzero(spread > 0))
+
+
+def _exponential_twin(log_rate: np.ndarray, log_likelihood: np.ndarray) -> tuple[float, float]:
+    """Escapes and exposure of the exponential likelihood with the maximum and the curvature of a tabulated one."""
+    top = int(np.clip(np.argmax(log_likelihood), 2, len(log_rate) - 3))
+    step = log_rate[1] - log_rate[0]
+    a, b, c = log_likelihood[top - 1 : top + 2]
+    bend = (2 * b - a - c) / step**2
+    peak = log_rate[top] + 0.5 * step * (c - a) / (2 * b - a - c)
+    return float(bend), float(bend / np.exp(peak))

@@ -1,0 +1,150 @@
+"""Posterior files: the ArviZ data tree of a fit, with coordinates, units and sources."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import arviz_base
+import numpy as np
+import xarray as xr
+
+from escape_inference.law import Law
+from escape_inference.summary import jsonable, parameter_summary
+
+if TYPE_CHECKING:
+    from escape_inference.inference import Fit, Prepared
+
+DESCRIPTIONS = {
+    "temperature": ("1 (log loss)", "temperature at the minimum; for the power law T = α η h*/B (Mori et al. 2022)"),
+    "log_barrier": ("1 (log loss)", "ΔU = log(L^s/L*) (Mori et al. 2022)"),
+    "log_rate": ("log(1/time)", "natural log of the law's escape rate κ per unit time t = η k; hazard per iteration is η κ"),
+    "log_rate_residual": ("log(1/time)", "δ, log rate of the condition minus the law's"),
+    "waiting_shape": ("1", "Gamma shape of the waiting time; 1 for memoryless conditions"),
+    "discrepancy": ("log(1/time)", "σ, sd of δ between conditions; exp(σ) is the typical factor by which the law misses"),
+    "log_prefactor": ("1", "natural log of the factor on the law's prefactor; 0 in theory"),
+    "effective_dimension": ("1", "n, number of outlier eigenvalues of the Hessian at the minimum"),
+    "loss_minimum": ("loss", "L*"),
+    "hessian_minimum": ("1/time", "h*, curvature at the minimum along the escape direction"),
+    "escapes": ("count", "escapes of the condition"),
+    "exposure": ("time", "Σ η·steps over all runs of the condition"),
+    "learning_rate": ("time per iteration", "η"),
+    "batch_size": ("samples", "B"),
+    "loss_barrier": ("loss", "L^s, loss at the saddle or threshold"),
+    "hessian_saddle": ("1/time", "h^s, absolute value of the negative curvature at the saddle"),
+}
+CONDITION_VARIABLES = ("temperature", "log_barrier", "log_rate", "log_rate_residual", "waiting_shape")
+
+
+def to_tree(
+    fit: "Fit",
+    prepared: "Prepared",
+    *,
+    prior: dict[str, np.ndarray],
+    prior_predictive: np.ndarray,
+    posterior_predictive: np.ndarray,
+    residual: np.ndarray,
+    waiting_shape: np.ndarray,
+) -> xr.DataTree:
+    """Assemble the data tree of a fit (arrays ``[chain, draw, ...]``)."""
+    frame, law = prepared.conditions.frame, fit.problem.law
+    conditions, minima = list(frame["condition"]), list(prepared.conditions.minima)
+    keep = lambda sites: {k: v for k, v in sites.items() if not k.endswith("_base")}  # noqa: E731
+    posterior = keep(fit.sites) | {"log_rate_residual": residual, "waiting_shape": waiting_shape}
+    per_minimum = {
+        name: ["minimum"]
+        for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
+        if name in posterior and posterior[name].ndim == 3
+    }
+    constant = {
+        name: frame[name].to_numpy(float)
+        for name in ("learning_rate", "batch_size", "check_interval", "loss_barrier", "hessian_saddle", "runs", "exposure")
+    }
+    constant |= {
+        f"measured_{name}": frame[name].to_numpy(float) for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
+    }
+    draws = fit.draws
+    tree = arviz_base.from_dict(
+        {
+            "posterior": posterior,
+            "prior": keep(prior),
+            "posterior_predictive": {"escapes": posterior_predictive},
+            "prior_predictive": {"escapes": prior_predictive},
+            "log_likelihood": {"escapes": fit.log_likelihood},
+            "sample_stats": {
+                "diverging": draws.diverging,
+                "energy": draws.energy,
+                "tree_depth": draws.tree_depth,
+                "acceptance_rate": draws.acceptance_rate,
+                "step_size": draws.step_size,
+            },
+            "observed_data": {"escapes": frame["escapes"].to_numpy()},
+            "constant_data": constant,
+        },
+        coords={"condition": conditions, "minimum": minima},
+        dims={name: ["condition"] for name in (*CONDITION_VARIABLES, *constant, "escapes")} | per_minimum,
+    )
+    tree.constant_data.coords["condition_minimum"] = ("condition", list(frame["minimum"]))
+    _describe(tree, law)
+    convergence = fit.convergence
+    tree.attrs.update(
+        {
+            "law": law.name,
+            "source": law.source,
+            "inference_library": "numpyro",
+            "table": str(prepared.conditions.path),
+            "table_sha256": str(prepared.conditions.sha256),
+            "escape_check": prepared.check.sentence,
+            "left_out": ", ".join(prepared.left_out) or "none",
+            "rhat_max": convergence.rhat_max,
+            "ess_min": convergence.ess_min,
+            "divergences": convergence.divergences,
+            "bfmi_min": convergence.bfmi_min,
+            "trustworthy": int(convergence.trustworthy),
+            "convergence": convergence.reason or "converged",
+            "parameters": json.dumps(jsonable(parameter_summary(fit))),
+        }
+        | prepared.settings
+    )
+    return tree
+
+
+def parameters_of(tree: xr.DataTree) -> dict[str, dict[str, Any]]:
+    """The parameter summary of a posterior, as in ``comparison.json``."""
+    return json.loads(tree.attrs["parameters"])
+
+
+@contextmanager
+def _whole_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, renamed to it at the end, so that a file is either whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tree(tree: xr.DataTree, path: Path) -> None:
+    """Write a posterior as NetCDF."""
+    with _whole_or_absent(path) as temporary:
+        tree.to_netcdf(temporary, engine="h5netcdf")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with _whole_or_absent(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _describe(tree: xr.DataTree, law: Law) -> None:
+    own = {p.name: (p.unit, f"{p.reason} ({law.source})") for p in law.parameters}
+    for group in tree.children.values():
+        for name, variable in group.data_vars.items():
+            unit, text = DESCRIPTIONS.get(str(name)) or own.get(str(name), ("", ""))
+            if str(name) in own and str(name) not in DESCRIPTIONS:
+                text = f"parameter of law {law.name}; prior: {text}"
+            if text:
+                variable.attrs.update({"units": unit, "description": text, "law_source": law.source})

@@ -1,0 +1,97 @@
+"""What the posterior of a law says about its parameters, and whether it agrees with the law's own theory."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from escape_inference.inference import Fit
+
+MOVED_SHRINKAGE = 0.8
+MOVED_SHIFT = 1.0
+
+
+def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
+    """Mean, sd and 90 % interval of every parameter, beside its prior and the value of the theory.
+
+    ``moved_by_data`` is true when the posterior sd (of the logarithm, for positive parameters) is below 0.8 of the prior's, or the
+    posterior mean lies more than one prior sd from the prior's. ``contains_theory`` refers to the 90 % interval.
+    """
+    problem = fit.problem
+    inputs = problem.inputs
+    rows = {}
+    for p in problem.law.parameters_for(inputs.barriers):
+        median = float(inputs.medians[p.name])
+        if p.name == "effective_dimension" and inputs.dimension_carried != "none":
+            rows[p.name] = _measured_dimension(fit)
+            continue
+        center = np.log(median) if p.positive else median
+        prior_sd = float(np.sqrt(p.prior(np.asarray(median)).variance))
+        rows[p.name] = _row(fit.sites[p.name], center, p.width, p.positive, prior_sd, p.theory)
+    rows["log_prefactor"] = _row(fit.sites["log_prefactor"], 0.0, 1.0, False, 1.0, 0.0)
+    return rows
+
+
+def law_sentence(law: str, parameters: dict[str, Any], discrepancy: dict[str, Any]) -> str:
+    """What the winner's posterior adds to the verdict: parameters that contradict the theory, and the size of its error."""
+    off = [
+        f"{name} {row['mean']:.2f} [{row['q05']:.2f}, {row['q95']:.2f}] excludes the theory's {row['theory']:g}"
+        for name, row in parameters.items()
+        if row["contains_theory"] is False
+    ]
+    text = f"; it misses the rates by a typical factor of {np.exp(discrepancy['mean']):.2f}"
+    return text + ("; but it disagrees with its own theory: " + ", ".join(off) if off else "")
+
+
+def jsonable(value: Any) -> Any:
+    """The same value in types that JSON knows; numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _row(
+    values: np.ndarray, center: float, width: float, positive: bool, prior_sd: float, theory: float | None
+) -> dict[str, Any]:
+    low, high = np.quantile(values, [0.05, 0.95])
+    scale = np.log(values) if positive else values
+    moved = bool(scale.std() < MOVED_SHRINKAGE * width or abs(scale.mean() - center) > MOVED_SHIFT * width)
+    return {
+        "mean": values.mean(),
+        "sd": values.std(),
+        "q05": low,
+        "q95": high,
+        "prior_sd": prior_sd,
+        "moved_by_data": moved,
+        "theory": theory,
+        "contains_theory": None if theory is None else bool(low <= theory <= high),
+    }
+
+
+def _measured_dimension(fit: "Fit") -> dict[str, Any]:
+    """Mean over the minima of n, which the data carry; its prior is the measurement with its error."""
+    measured, known = fit.problem.inputs.measured["effective_dimension"], np.asarray(fit.problem.inputs.dimension_measured)
+    values = fit.sites["effective_dimension"][..., known].mean(axis=-1)
+    center, spread = np.exp(np.asarray(measured.center))[known], np.asarray(measured.spread)[known]
+    prior_sd = float(np.sqrt(np.sum((center * spread) ** 2)) / len(center))
+    theory = float(center.mean())
+    low, high = np.quantile(values, [0.05, 0.95])
+    moved = bool(prior_sd > 0 and (values.std() < MOVED_SHRINKAGE * prior_sd or abs(values.mean() - theory) > prior_sd))
+    return {
+        "mean": values.mean(),
+        "sd": values.std(),
+        "q05": low,
+        "q95": high,
+        "prior_sd": prior_sd,
+        "moved_by_data": moved,
+        "theory": theory,
+        "contains_theory": bool(low - 1e-9 <= theory <= high + 1e-9),
+    }

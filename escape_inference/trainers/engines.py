@@ -1,0 +1,58 @@
+"""Which way of running replicas side by side suits a network."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from escape_inference.trainers.lanes import Lanes
+from escape_inference.trainers.looks import World
+from escape_inference.trainers.replicas import Replicas
+from escape_inference.trainers.rounds import Round
+from escape_inference.trainers.sgd import Recipe
+
+FEW_PARAMETERS = 4096
+"""Up to this many parameters the replicas are lanes of one vectorised program; above, each runs alone, in cache."""
+
+
+class Engine(Protocol):
+    """Replica slots that can be advanced together."""
+
+    step: int
+    replicas: int
+    gated: bool
+    """Do its replicas branch on their own, so that the gate saves work?"""
+
+    def advance(self, end: int, world: World) -> Round:
+        """Advance to iteration ``end``; raises ``Extinct`` when no replica is left to copy."""
+
+    def running(self) -> bool:
+        """Is any replica still in its well?"""
+
+    def round_length(self, escapes: int, replica_steps: int) -> int:
+        """Iterations that the next round should have, given the escapes seen so far."""
+
+
+def make_engine(
+    recipe: Recipe,
+    params: PyTree,
+    replicas: int,
+    key: PRNGKeyArray,
+    learning_rate: float,
+    *,
+    replace: bool,
+    replica_batch: int | None,
+    threads: int | None,
+) -> Engine:
+    """Lanes for a small model, separate replicas for a network."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if size <= FEW_PARAMETERS:
+        return Lanes(recipe, params, replicas, key, learning_rate, replace=replace)
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Replicas(
+        recipe, params, replicas, key, learning_rate, replace=replace, replica_batch=replica_batch, threads=threads
+    )

@@ -1,0 +1,179 @@
+"""Replicas as lanes of one vectorised program, for small models.
+
+All lanes take the same iteration at the same time, so that a replica that escapes is replaced inside the loop. The
+random numbers and the choice of the donor are those of ``replicas.py``: both give the same escapes, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from escape_inference.trainers.looks import (
+    RECORD,
+    Seen,
+    Tally,
+    World,
+    asks,
+    crossed,
+    full_loss,
+    screen_loss,
+    second_look,
+)
+from escape_inference.trainers.rounds import DONORS, Extinct, Round
+from escape_inference.trainers.sgd import Recipe, slot_key
+
+CAPACITY = 4096
+"""Full looks of one round that are kept."""
+LONGEST = 256
+"""Iterations of one round."""
+
+
+@lru_cache(maxsize=32)
+def compiled_round(recipe: Recipe, replace: bool) -> Callable:
+    """``(states, alive, step, end, key, world) -> (states, alive, step, extinct, history, tally, records)``."""
+
+    def look_at_lanes(
+        states: PyTree, alive: Bool[Array, " r"], uniform: Float[Array, " r"], step: Int[Array, ""], world: World
+    ) -> tuple[Seen, Bool[Array, " r"]]:
+        lanes = len(alive)
+        nan = jnp.full((lanes,), jnp.nan, jnp.float32)
+        seen = Seen(nan, nan, nan, nan, jnp.ones(lanes, jnp.float32))
+        params = states[0]
+        if world.screens is None:
+            looked = alive & (step % world.check_interval == 0)
+
+            def full() -> Array:
+                return jax.vmap(lambda own: full_loss(recipe, own, world))(params)
+
+            loss = jax.lax.cond(jnp.any(looked), full, lambda: nan)
+            loss = jnp.where(looked, loss, jnp.nan)
+            return seen._replace(first=loss, second=loss, loss=loss), looked
+        screen = world.screens[0]
+        first = jnp.where(alive, jax.vmap(lambda own: screen_loss(recipe, own, screen))(params), jnp.nan)
+        seen = seen._replace(first=first, probability=asks(first, screen.limits, 1, step % world.monitor == 0))
+
+        def one_lane(carry: tuple) -> tuple:
+            waiting, seen = carry
+            lane = jnp.argmax(waiting)
+            own, here = jax.tree.map(lambda leaf: leaf[lane], (params, seen))
+            here = second_look(recipe, own, here, uniform[lane], step, world)
+            return waiting.at[lane].set(False), jax.tree.map(lambda all_, one: all_.at[lane].set(one), seen, here)
+
+        waiting = alive & (uniform < seen.probability)
+        _, seen = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_lane, (waiting, seen))
+        return seen, alive & (uniform < seen.probability)
+
+    def replace_lanes(
+        states: PyTree, escaped: Bool[Array, " r"], streams: PRNGKeyArray, step: Int[Array, ""]
+    ) -> PyTree:
+        lanes = len(escaped)
+
+        def one_lane(carry: tuple) -> tuple:
+            waiting, donors = carry
+            lane = jnp.argmax(waiting)
+            stream = jax.random.fold_in(jax.random.fold_in(streams[lane], DONORS), step)
+            scores = jnp.where(escaped, -1.0, jax.random.uniform(stream, (lanes,)))
+            return waiting.at[lane].set(False), donors.at[lane].set(jnp.argmax(scores).astype(jnp.int32))
+
+        donors = jnp.arange(lanes, dtype=jnp.int32)
+        _, donors = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_lane, (escaped, donors))
+        return jax.tree.map(lambda leaf: leaf[donors], states)
+
+    def round_(
+        states: PyTree, alive: Bool[Array, " r"], step: Array, end: Array, key: PRNGKeyArray, world: World
+    ) -> tuple:
+        samples, lanes = world.inputs.shape[0], len(alive)
+        slots = jnp.arange(lanes, dtype=jnp.uint32)
+        streams = jax.vmap(lambda slot: slot_key(key, slot))(slots)
+        draw = jax.vmap(recipe.draw, (0, None, None if recipe.with_replacement else 0, None))
+        advance = jax.vmap(recipe.step, (0, None, None, None, 0))
+        begin = step
+
+        def keep(
+            records: Array, cursor: Array, seen: Seen, kept: Bool[Array, " r"], step: Array
+        ) -> tuple[Array, Array]:
+            place = jnp.where(kept, cursor + jnp.cumsum(kept) - 1, CAPACITY)
+            rows = jnp.stack([jnp.full(lanes, step, jnp.float32), slots.astype(jnp.float32), *seen], axis=1)
+            return records.at[place].set(rows, mode="drop"), cursor + jnp.sum(kept, dtype=jnp.int32)
+
+        def body(carry: tuple) -> tuple:
+            states, alive, step, _, order, tally, records, cursor, history = carry
+            step = step + 1
+            order = recipe.renew(order, streams, step, samples)
+            indices, uniform = draw(streams, step, order, samples)
+            new, _ = advance(states, world.learning_rate, world.inputs, world.targets, indices)
+            if not replace:
+                new = jax.tree.map(
+                    lambda now, old: jnp.where(alive.reshape(-1, *([1] * (now.ndim - 1))), now, old), new, states
+                )
+            seen, looked = look_at_lanes(new, alive, uniform, step, world)
+            escaped = crossed(seen, looked, world)
+            tally = tally.add(seen, looked, escaped, step, world)
+            kept = looked & (step % world.monitor == 0) if world.screens is None else looked
+            records, cursor = jax.lax.cond(
+                jnp.any(kept), lambda: keep(records, cursor, seen, kept, step), lambda: (records, cursor)
+            )
+            history = history.at[step - begin - 1].set(escaped)
+            extinct = jnp.all(escaped) & replace
+            if replace:
+                new = jax.lax.cond(jnp.any(escaped), lambda: replace_lanes(new, escaped, streams, step), lambda: new)
+            else:
+                alive = alive & ~escaped
+            return new, alive, step, extinct, order, tally, records, cursor, history
+
+        orders = jax.vmap(recipe.order, (0, None, None))
+        order = None if recipe.with_replacement else orders(streams, step + 1, samples)
+        records = jnp.full((CAPACITY, RECORD), jnp.nan, jnp.float32)
+        history = jnp.zeros((LONGEST, lanes), bool)
+        carry = (states, alive, step, jnp.array(False), order, Tally.zero((lanes,)), records, jnp.int32(0), history)
+        carry = jax.lax.while_loop(lambda c: (c[2] < end) & ~c[3] & jnp.any(c[1]), body, carry)
+        states, alive, step, extinct, _, tally, records, _, history = carry
+        return states, alive, step, extinct, history, tally, records
+
+    return jax.jit(round_)
+
+
+class Lanes:
+    """The states of all replica slots as one batch; see the module's docstring."""
+
+    gated = False
+
+    def __init__(
+        self, recipe: Recipe, params: PyTree, replicas: int, key: PRNGKeyArray, learning_rate: float, *, replace: bool
+    ) -> None:
+        self.key, self.replicas, self.step = key, replicas, 0
+        start = recipe.start(params, learning_rate)
+        self.states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *jnp.shape(leaf))), start)
+        self.alive = jnp.ones(replicas, bool)
+        self._round = compiled_round(recipe, replace)
+
+    def running(self) -> bool:
+        return bool(jnp.any(self.alive))
+
+    def round_length(self, escapes: int, replica_steps: int) -> int:
+        return LONGEST
+
+    def advance(self, end: int, world: World) -> Round:
+        """Advance every living lane to iteration ``end``.
+
+        Raises:
+            Extinct: every lane escaped at the same iteration.
+        """
+        begin = self.step
+        result = self._round(self.states, self.alive, jnp.int32(begin), jnp.int32(end), self.key, world)
+        self.states, self.alive, step, extinct, history, tally, records = result
+        if bool(extinct):
+            raise Extinct(int(step))
+        self.step = end
+        records = np.asarray(records)
+        return Round(
+            escapes=[(begin + 1 + int(row), int(slot)) for row, slot in np.argwhere(np.asarray(history))],
+            tally=jax.tree.map(np.asarray, tally),
+            records=records[np.isfinite(records[:, 0])],
+        )

@@ -1,0 +1,216 @@
+"""Two-stage looks at the loss: cheap screens every iteration, the full-batch loss only near the barrier.
+
+Near a real minimum the loss must be looked at every iteration, and one full-batch loss costs as much as a hundred SGD
+iterations. A *screen* is a small fixed subsample, drawn with probability growing with a sample's typical loss and
+weighted back (Hansen and Hurwitz 1943), so that its weighted loss estimates the full loss. There are two, a small and a
+larger one: when the first comes near the barrier the second is computed, when that comes near too, the full loss.
+Before them stands a *gate* that costs nothing: the running mean of the losses of the batches, whose gradients are what
+moves the weights; where it is low, most iterations need no screen at all. Only the full loss decides an escape. Every
+stage also asks the next one at random iterations where it would not; weighted by one over their probability (Horvitz
+and Thompson 1952), the crossings found there estimate without bias how many were missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from escape_inference.trainers.losses import sample_losses
+from escape_inference.trainers.sgd import Recipe
+
+CLOSE_LOOKS = (1 / 4, 1 / 4, 1 / 8)
+"""Probability that the next stage is asked although the gate, the first, the second screen is low, but not by much."""
+FAR_LOOKS = (1 / 16, 1 / 64, 1 / 64)
+"""The same where it is low."""
+SAMPLE_INTERVAL = 16
+"""Iterations between two first screens that are computed in any case, for the record of the loss."""
+MEMORY_OF_GATE = 0.75
+"""Weight of the past in the running mean of the batch losses."""
+RECORD = 7
+"""Numbers kept of a full look: iteration, slot, gate, first screen, second screen, full loss, probability of the look."""
+
+
+class Limits(NamedTuple):
+    """From ``threshold`` a stage always asks the next one, from ``close`` often."""
+
+    threshold: Float[Array, ""]
+    close: Float[Array, ""]
+
+
+class Gate(NamedTuple):
+    """The limits of the gate, and the first screen's value from which a loss counts as near the barrier."""
+
+    limits: Limits
+    near: Float[Array, ""]
+
+
+class Screen(NamedTuple):
+    """A weighted subsample, and when its loss asks for the next stage."""
+
+    inputs: Float[Array, "m ..."]
+    targets: Array
+    weights: Float[Array, " m"]
+    limits: Limits
+
+
+class World(NamedTuple):
+    """The numbers and arrays of a measurement; ``monitor`` is the interval of scheduled full looks."""
+
+    inputs: Float[Array, "n ..."]
+    targets: Array
+    learning_rate: Float[Array, ""]
+    barrier: Float[Array, ""]
+    monitor: Int[Array, ""]
+    check_interval: Int[Array, ""]
+    gate: Gate | None
+    screens: tuple[Screen, Screen] | None
+
+
+class Seen(NamedTuple):
+    """One look: estimates are NaN where they were not computed."""
+
+    gate: Float[Array, ""]
+    first: Float[Array, ""]
+    second: Float[Array, ""]
+    loss: Float[Array, ""]
+    probability: Float[Array, ""]
+
+
+def screen_loss(recipe: Recipe, params: PyTree, screen: Screen) -> Float[Array, ""]:
+    """The screen's estimate of the full-batch loss."""
+    losses = sample_losses(recipe.apply, recipe.loss, params, screen.inputs, screen.targets)
+    return jnp.sum(screen.weights * losses).astype(jnp.float32)
+
+
+def full_loss(recipe: Recipe, params: PyTree, world: World) -> Float[Array, ""]:
+    """The full-batch loss."""
+    return recipe.mean_loss(params, world.inputs, world.targets).astype(jnp.float32)
+
+
+def asks(value: Array, limits: Limits, stage: int, always: Bool[Array, ""]) -> Array:
+    """Probability with which this stage (0: gate, 1 and 2: screens) asks the next one; NaN asks."""
+    low = jnp.where(value < limits.close, FAR_LOOKS[stage], CLOSE_LOOKS[stage])
+    return jnp.where(always | ~(value < limits.threshold), 1.0, low)
+
+
+def second_look(
+    recipe: Recipe, params: PyTree, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World
+) -> Seen:
+    """The second screen, and the full loss where that asks for it.
+
+    ``seen.probability`` is the one with which the stages before asked; ``uniform`` is below it.
+    """
+    assert world.screens is not None
+    second = screen_loss(recipe, params, world.screens[1])
+    probability = seen.probability * asks(second, world.screens[1].limits, 2, step % world.monitor == 0)
+    loss = jax.lax.cond(uniform < probability, lambda: full_loss(recipe, params, world), lambda: seen.loss)
+    return seen._replace(second=second, loss=loss, probability=probability)
+
+
+def first_look(
+    recipe: Recipe, params: PyTree, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World
+) -> Seen:
+    """The first screen, and the second where that asks for it."""
+    assert world.screens is not None
+    first = screen_loss(recipe, params, world.screens[0])
+    probability = seen.probability * asks(first, world.screens[0].limits, 1, step % world.monitor == 0)
+    seen = seen._replace(first=first, probability=probability)
+    return jax.lax.cond(
+        uniform < probability, lambda: second_look(recipe, params, seen, uniform, step, world), lambda: seen
+    )
+
+
+def look(
+    recipe: Recipe,
+    params: PyTree,
+    gate: Float[Array, ""],
+    uniform: Float[Array, ""],
+    step: Int[Array, ""],
+    world: World,
+) -> tuple[Seen, Bool[Array, ""]]:
+    """What was seen of one replica at this iteration, and whether the full loss was computed."""
+    nan = jnp.full((), jnp.nan, jnp.float32)
+    seen = Seen(gate, nan, nan, nan, jnp.ones((), jnp.float32))
+    if world.screens is None:
+        looked = step % world.check_interval == 0
+        loss = jax.lax.cond(looked, lambda: full_loss(recipe, params, world), lambda: nan)
+        return seen._replace(first=loss, second=loss, loss=loss), looked
+    if world.gate is not None:
+        always = (step % world.monitor == 0) | (step % SAMPLE_INTERVAL == 0)
+        seen = seen._replace(probability=asks(gate, world.gate.limits, 0, always))
+    seen = jax.lax.cond(
+        uniform < seen.probability, lambda: first_look(recipe, params, seen, uniform, step, world), lambda: seen
+    )
+    return seen, uniform < seen.probability
+
+
+class Tally(NamedTuple):
+    """Running sums over iterations, for one replica slot (or, batched, for all)."""
+
+    looks: Int[Array, ""]
+    """Full losses computed."""
+    found: Int[Array, ""]
+    """Crossings found."""
+    missed: Float[Array, ""]
+    """Horvitz-Thompson estimate of the crossings missed."""
+    missed_square: Float[Array, ""]
+    """Its variance."""
+    estimates: Int[Array, ""]
+    """Iterations at which the log loss was estimated."""
+    log_loss: Float[Array, ""]
+    """Sum of the log of the first screen (of the loss, where looks are exact)."""
+    log_loss_square: Float[Array, ""]
+    near: Int[Array, ""]
+    """Iterations at which the first screen was near the barrier."""
+    lowest_gate: Float[Array, ""]
+    """The lowest gate among those."""
+
+    @classmethod
+    def zero(cls, shape: tuple[int, ...] = ()) -> Tally:
+        integer, real = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        return cls(integer, integer, real, real, integer, real, real, integer, jnp.full(shape, jnp.inf, jnp.float32))
+
+    @classmethod
+    def merge(cls, tallies: Sequence[Tally]) -> Tally:
+        """One tally (of NumPy numbers) for several pieces."""
+        merged = jax.tree.map(lambda *values: np.sum(values, axis=0), cls.zero(), *tallies)
+        return merged._replace(lowest_gate=np.min([tally.lowest_gate for tally in tallies], initial=np.inf))
+
+    def add(
+        self,
+        seen: Seen,
+        looked: Bool[Array, "*r"],
+        escaped: Bool[Array, "*r"],
+        step: Int[Array, ""],
+        world: World,
+    ) -> Tally:
+        """Add one iteration; logs are of the loss in units of the barrier, so that single precision suffices."""
+        missed = jnp.where(escaped, 1.0 / seen.probability - 1.0, 0.0)
+        log_loss = jnp.log(seen.first / world.barrier)
+        usable = jnp.isfinite(log_loss)
+        near = jnp.zeros_like(usable)
+        if world.gate is not None:
+            near = seen.first > world.gate.near
+            usable = usable & (step % SAMPLE_INTERVAL == 0)
+        log_loss = jnp.where(usable, log_loss, 0.0)
+        return Tally(
+            self.looks + looked.astype(jnp.int32),
+            self.found + escaped.astype(jnp.int32),
+            self.missed + missed,
+            self.missed_square + missed / seen.probability,
+            self.estimates + usable.astype(jnp.int32),
+            self.log_loss + log_loss,
+            self.log_loss_square + log_loss**2,
+            self.near + near.astype(jnp.int32),
+            jnp.minimum(self.lowest_gate, jnp.where(near, seen.gate, jnp.inf)),
+        )
+
+
+def crossed(seen: Seen, looked: Bool[Array, "*r"], world: World) -> Bool[Array, "*r"]:
+    """Above the barrier, or not a number: a run that diverged has escaped."""
+    return looked & ~(seen.loss <= world.barrier)

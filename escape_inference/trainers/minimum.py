@@ -1,0 +1,213 @@
+"""A minimum of the full-batch loss, found as published experiments find it: by SGD."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from escape_inference.errors import InputError
+from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
+from escape_inference.trainers.sgd import OptimizerFactory, Recipe, check_training, make_recipe, root_key, slot_key
+
+PIECE = 500
+"""Iterations between two reports of progress."""
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where escapes start from.
+
+    Attributes:
+        params: parameters, any pytree of arrays.
+        loss_minimum: full-batch loss there, L*.
+        gradient_norm: Euclidean norm of the full-batch gradient there; 0 at an exact minimum.
+        made: how it was found (numbers and strings that JSON can hold).
+    """
+
+    params: PyTree
+    loss_minimum: float
+    gradient_norm: float
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one ``.npz``: under a temporary name in the same folder, then renamed, so that it is whole or absent.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        path = Path(path)
+        leaves = {f"leaf_{index:04d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(self.params))}
+        about = {"loss_minimum": self.loss_minimum, "gradient_norm": self.gradient_norm, "made": self.made}
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, about=np.array(json.dumps(about)), **leaves)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, like: PyTree) -> Minimum:
+        """Read a saved minimum; ``like`` is a pytree of the same structure and shapes, such as ``init(key)``.
+
+        Raises:
+            InputError: the file is not one of these, or holds parameters of another shape.
+        """
+        wanted, structure = jax.tree.flatten(like)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                leaves = [file[name] for name in sorted(file.files) if name != "about"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise InputError(f"{path}: not a saved minimum: {error}") from error
+        shapes, expected = [leaf.shape for leaf in leaves], [np.shape(leaf) for leaf in wanted]
+        if shapes != expected:
+            raise InputError(f"{path}: parameters have shapes {shapes}, but the network has {expected}.")
+        params = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+        return cls(params, float(about["loss_minimum"]), float(about["gradient_norm"]), about["made"])
+
+
+@lru_cache(maxsize=32)
+def _compiled_training(recipe: Recipe) -> Callable:
+    def train(
+        state: PyTree, step: Array, end: Array, key: PRNGKeyArray, learning_rate: Array, inputs: Array, targets: Array
+    ) -> PyTree:
+        stream, samples = slot_key(key, 0), inputs.shape[0]
+
+        def body(carry: tuple) -> tuple:
+            state, step, order = carry
+            step = step + 1
+            order = recipe.renew(order, stream, step, samples)
+            indices, _ = recipe.draw(stream, step, order, samples)
+            return recipe.step(state, learning_rate, inputs, targets, indices)[0], step, order
+
+        carry = (state, step, recipe.order(stream, step + 1, samples))
+        return jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)[0]
+
+    return jax.jit(train)
+
+
+@lru_cache(maxsize=32)
+def _compiled_descent(recipe: Recipe) -> Callable:
+    def descend(
+        params: PyTree, gradient_norm: Array, steps: Array, learning_rate: Array, inputs: Array, targets: Array
+    ) -> tuple[PyTree, Array, Array]:
+        def body(carry: tuple) -> tuple:
+            params, done, _ = carry
+            gradient = jax.grad(recipe.mean_loss)(params, inputs, targets)
+            params = jax.tree.map(lambda leaf, slope: leaf - learning_rate * slope, params, gradient)
+            return params, done + 1, optax.tree.norm(gradient)
+
+        start = (params, jnp.int32(0), jnp.float32(jnp.inf))
+        return jax.lax.while_loop(lambda carry: (carry[1] < steps) & (carry[2] > gradient_norm), body, start)
+
+    return jax.jit(descend)
+
+
+def train_minimum(
+    apply: Apply,
+    params: PyTree,
+    inputs: Array | np.ndarray,
+    targets: Array | np.ndarray,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    steps: int,
+    optimizer: OptimizerFactory | optax.GradientTransformation | None = None,
+    with_replacement: bool = True,
+    loss: str | SampleLoss = "mean_square",
+    seed: int = 0,
+    polish_steps: int = 0,
+    polish_learning_rate: float | None = None,
+    polish_gradient_norm: float = 1e-6,
+    progress: Progress | None = None,
+) -> Minimum:
+    """Train from ``params`` and return where the run ended, with its full-batch loss and gradient norm.
+
+    By default this is what published experiments do: a number of SGD iterations (10^4 in Mori et al. 2022), no more.
+    The end point then lies within SGD's own fluctuations of a minimum, and ``loss_minimum`` is its full-batch loss as
+    it is; the gradient norm says how far from stationary it is. With ``polish_steps`` full-batch gradient descent
+    follows, until the gradient norm is below ``polish_gradient_norm``.
+
+    Args:
+        apply: ``(params, inputs) -> predictions``, any JAX function.
+        params: where to start, a pytree of arrays.
+        inputs: samples first.
+        targets: samples first.
+        learning_rate: eta of the SGD iterations.
+        batch_size: samples per gradient.
+        steps: SGD iterations.
+        optimizer: None for plain SGD, a function of the learning rate (``optax.adam``), or an optax transformation.
+        with_replacement: draw each batch independently, or go through the data in epochs of a new random order.
+        loss: ``mean_square``, half the squared error, or a callable ``(prediction, target) -> loss`` for one sample.
+        seed: of the batches.
+        polish_steps: most iterations of full-batch gradient descent afterwards.
+        polish_learning_rate: its learning rate; None: the same as before.
+        polish_gradient_norm: it stops below this gradient norm.
+        progress: called as ``progress(iterations done, iterations to do, message)``.
+
+    Raises:
+        InputError: an argument that cannot be used, or the loss is not finite at the end.
+
+    Examples:
+        The mean of the targets minimises the squared error, with half their variance as loss:
+
+        >>> minimum = train_minimum(
+        ...     lambda mean, x: mean * x, jnp.zeros(1), jnp.ones((4, 1)), jnp.array([[1.0], [2.0], [3.0], [6.0]]),
+        ...     learning_rate=0.1, batch_size=4, steps=10, polish_steps=500, polish_gradient_norm=1e-5)
+        >>> round(float(minimum.params[0]), 3), round(minimum.loss_minimum, 3), minimum.gradient_norm < 1e-5
+        (3.0, 1.75, True)
+    """
+    sample_loss = resolve_loss(loss)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), params)
+    inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
+    check_training(learning_rate, batch_size, steps, len(inputs))
+    recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
+    train, key, eta = _compiled_training(recipe), root_key(seed), jnp.float32(learning_rate)
+    state = recipe.start(params, learning_rate)
+    for begin in range(0, steps, PIECE):
+        end = min(begin + PIECE, steps)
+        state = train(state, jnp.int32(begin), jnp.int32(end), key, eta, inputs, targets)
+        if progress:
+            jax.block_until_ready(state)
+            progress(end, steps, "training")
+    params = state[0]
+    made = {
+        "learning_rate": float(learning_rate),
+        "batch_size": int(batch_size),
+        "steps": int(steps),
+        "seed": int(seed),
+        "with_replacement": bool(with_replacement),
+        "polish_steps": 0,
+    }
+    if polish_steps:
+        rate = jnp.float32(learning_rate if polish_learning_rate is None else polish_learning_rate)
+        goal = jnp.float32(polish_gradient_norm)
+        params, used, _ = _compiled_descent(recipe)(params, goal, jnp.int32(polish_steps), rate, inputs, targets)
+        made |= {"polish_steps": int(used), "polish_learning_rate": float(rate)}
+    loss_minimum, gradient = jax.jit(jax.value_and_grad(recipe.mean_loss))(params, inputs, targets)
+    if not bool(jnp.isfinite(loss_minimum)):
+        raise InputError(
+            f"training diverged: the loss is {float(loss_minimum)} after {steps} iterations at learning rate "
+            f"{learning_rate:g}. Lower the learning rate."
+        )
+    return Minimum(params, float(loss_minimum), float(optax.tree.norm(gradient)), made)

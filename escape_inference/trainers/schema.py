@@ -1,0 +1,164 @@
+"""The sections of a study file: which keys there are, what they may hold, and what to say about the rest."""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from escape_inference.errors import InputError
+
+Item = TypeVar("Item")
+OneOrMany = Annotated[
+    list[Item], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
+]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A table of the file: no key but those named here, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NamedSection(BaseModel):
+    """``[data]`` or ``[network]``: a name, and options that the data set or network itself checks."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every key but the name."""
+        return dict(self.model_extra or {})
+
+
+class HessianSection(Section):
+    """``[hessian]``: what is measured at each minimum besides its loss."""
+
+    eigenvalues: Count = 5
+    subsample: Count | None = None
+    effective_dimension: Literal["unknown", "parameters", "outliers"] = "unknown"
+
+
+class MinimaSection(Section):
+    """``[[minima]]``: a grid of training runs."""
+
+    label: str = "lr{learning_rate}_b{batch_size}_s{seed}"
+    learning_rate: OneOrMany[Positive]
+    batch_size: OneOrMany[Count]
+    steps: OneOrMany[Count]
+    seed: OneOrMany[WholeNumber] = [0]
+    with_replacement: bool = True
+    polish_steps: WholeNumber = 0
+    polish_learning_rate: Positive | None = None
+    data: dict[str, Any] = {}
+
+
+class EscapeSection(Section):
+    """``[[escape]]``: a grid of conditions, for every minimum named."""
+
+    minima: OneOrMany[str] = ["*"]
+    learning_rate: OneOrMany[Positive] | None = None
+    temperature: OneOrMany[Positive] | None = None
+    batch_size: OneOrMany[Count]
+    threshold: OneOrMany[Annotated[float, Field(gt=1, allow_inf_nan=False)]]
+    replicas: Annotated[int, Field(ge=2)]
+    steps: Count
+    start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
+    check_interval: Count = 1
+    with_replacement: bool = True
+    burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
+    looks: Literal["auto", "exact", "screened"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EscapeSection":
+        if (self.learning_rate is None) == (self.temperature is None):
+            raise ValueError("give either learning_rate or temperature (η h*/B, from which η follows), and not both")
+        if self.burn_in is not None and self.burn_in[0] > self.burn_in[1]:
+            raise ValueError(f"burn_in = {self.burn_in} must be [minimum, maximum]")
+        if self.check_interval > self.steps:
+            raise ValueError(f"check_interval = {self.check_interval} is longer than steps = {self.steps}")
+        return self
+
+
+class StudyFile(Section):
+    """The whole file."""
+
+    title: str = ""
+    seed: WholeNumber = 0
+    loss: str = "mean_square"
+    data: NamedSection
+    network: NamedSection
+    hessian: HessianSection = HessianSection()
+    minima: Annotated[list[MinimaSection], Field(min_length=1)]
+    escape: Annotated[list[EscapeSection], Field(min_length=1)]
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": NamedSection,
+    "network": NamedSection,
+    "hessian": HessianSection,
+    "minima": MinimaSection,
+    "escape": EscapeSection,
+}
+
+
+def read_file(path: Path, *, seed: int | None = None) -> StudyFile:
+    """Read and validate a study file; ``seed`` takes the place of the file's own.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or breaks a rule; a line for each slip that names the file,
+            the section, the key and what is allowed.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the study: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the study is not a text file in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return StudyFile.model_validate(raw if seed is None else raw | {"seed": seed})
+    except ValidationError as error:
+        lines = dict.fromkeys(explain(dict(slip), raw) for slip in error.errors())
+        raise InputError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+
+def explain(slip: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
+    """Return one line about one slip that pydantic found in the parsed file ``raw``.
+
+    >>> slip = {"type": "extra_forbidden", "loc": ("escape", 0, "replica"), "msg": "", "input": 3}
+    >>> explain(slip, {"escape": [{"replica": 3}]})[:71]
+    '[[escape]] number 1: unknown key replica (did you mean replicas?); allo'
+    """
+    place = list(slip["loc"])
+    section = str(place[0]) if place and place[0] in SECTIONS else ""
+    inside = place[1:] if section else place
+    prefix = ""
+    if section and inside and isinstance(inside[0], int):
+        prefix = f"[[{section}]] number {inside[0] + 1}: "
+        inside = inside[1:]
+    elif section:
+        double = section in ("minima", "escape")
+        prefix = f"[[{section}]]: " if double else f"[{section}]: "
+    key = next((str(part) for part in inside if isinstance(part, str)), "")
+    value = slip.get("input")
+    if slip["type"] == "extra_forbidden":
+        allowed = list((SECTIONS[section] if section else StudyFile).model_fields)
+        close = get_close_matches(key, allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{prefix}unknown key {key}{hint}; allowed: {', '.join(allowed)}"
+    if slip["type"] == "missing":
+        return f"{prefix}{key or 'this section'} is required"
+    message = str(slip["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    if slip["type"] == "list_type" and not key:
+        return f"{prefix}write this section with double brackets, [[{section}]], once for each grid"
+    if not key:
+        return f"{prefix}{message}" if slip["type"] == "value_error" else f"{prefix}must be {message}, got {value!r}"
+    return f"{prefix}{key} = {value!r}: must be {message}"

@@ -1,0 +1,246 @@
+"""Choosing the two screens from a pilot run, and keeping their thresholds right as looks come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from scipy.special import ndtr
+
+from escape_inference.trainers.looks import FAR_LOOKS, Gate, Limits, Screen, World
+from escape_inference.trainers.losses import sample_losses
+from escape_inference.trainers.rounds import Round
+from escape_inference.trainers.sgd import Recipe, slot_key
+
+SAFETY = 2.75
+"""A screen lets a loss pass only if its estimate is this many standard deviations below the barrier."""
+CLOSE = 0.75
+"""Width, in standard deviations, of the band below a threshold in which extra looks are frequent."""
+SIZES = (32, 128, 512, 2048, 8192)
+"""Sizes of screens to choose from; every pair of them is compiled anew, so they are few."""
+FIXED_COST = 24
+"""Cost of evaluating any subsample, in samples (measured for a network of 10^5 weights)."""
+FEWEST = 1024
+"""With fewer samples than this the full loss is cheap and every look is exact."""
+GATE_SAFETY = 0.7
+"""The gate asks from this fraction of its lowest value seen near the barrier."""
+GATE_OPEN = 0.6
+"""Share of the iterations at which the gate asks, for the cost."""
+SMALLEST_SPREAD = 1e-3
+STRETCHES = (1.1, 30.0)
+FEWEST_SNAPSHOTS = 16
+CLIMBING = 0.03
+"""Share of its time that SGD is taken to spend evenly between its typical loss and the barrier, for the cost."""
+NEAR = 0.25
+"""Looks within this fraction of the log barrier below it, or within a whole one above, tell of a screen's errors."""
+LARGEST_WEIGHT = 8.0
+"""Largest weight of a look that was made by chance, lest one of them decides the thresholds."""
+MEMORY, ENOUGH, ENOUGH_FOR_GATE = 512, 30, 40
+"""Looks remembered for the thresholds; how many replace the pilot's; iterations near the barrier that shut the gate."""
+PILOT_SLOT = 0x70696C6F
+
+
+@dataclass
+class Screens:
+    """Two weighted subsamples with the offset and spread of ``log(full loss) - log(screen)``, and the lowest gate.
+
+    The gate's error is far from normal (a run leaves by one large batch loss, or by several smaller ones), so its
+    threshold is the lowest value that it had near the barrier; until that is known well enough, it asks always.
+    """
+
+    indices: tuple[np.ndarray, np.ndarray]
+    weights: tuple[np.ndarray, np.ndarray]
+    first_spread: tuple[float, float]
+    gated: bool
+    offset: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    spread: list[float] = field(default_factory=list)
+    lowest_gate: float = float("inf")
+    near: int = 0
+    seen: np.ndarray = field(default_factory=lambda: np.empty((0, 5)))
+    gathered: list[tuple[Array, Array, Array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.spread = list(self.first_spread)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Samples of the first and of the second screen."""
+        return len(self.indices[0]), len(self.indices[1])
+
+    def fit(self, done: Round, barrier: float, loss_minimum: float) -> None:
+        """Learn the gate, offsets and spreads near the barrier from a round."""
+        self.near += int(np.sum(done.tally.near))
+        self.lowest_gate = min(self.lowest_gate, float(np.min(done.tally.lowest_gate)))
+        near, ratio = done.records[:, 2:7], barrier / loss_minimum
+        with np.errstate(invalid="ignore"):
+            usable = (near[:, 3] > barrier * ratio**-NEAR) & (near[:, 3] < barrier * ratio)
+            usable &= np.all(near[:, 1:3] > 0, axis=1)
+        self.seen = np.concatenate([self.seen, near[usable]])[-MEMORY:]
+        weight = np.minimum(1 / self.seen[:, 4], LARGEST_WEIGHT)
+        if weight.sum() ** 2 < ENOUGH * (weight**2).sum() or not len(weight):
+            return
+        for stage in (0, 1):
+            error = np.log(self.seen[:, 3] / self.seen[:, stage + 1])
+            self.offset[stage] = float(np.average(error, weights=weight))
+            spread = float(np.sqrt(np.average((error - self.offset[stage]) ** 2, weights=weight)))
+            self.spread[stage] = float(np.clip(spread, self.first_spread[stage] / 2, self.first_spread[stage] * 2))
+
+    def limits(self, stage: int, barrier: float) -> Limits:
+        """Where a screen asks for the next stage."""
+        threshold = barrier * np.exp(-self.offset[stage] - SAFETY * self.spread[stage])
+        return Limits(jnp.float32(threshold), jnp.float32(threshold * np.exp(-CLOSE * self.spread[stage])))
+
+    def gate(self, barrier: float, loss_minimum: float) -> Gate:
+        """Where the gate asks for the first screen."""
+        lowest = GATE_SAFETY * self.lowest_gate if self.near >= ENOUGH_FOR_GATE else 0.0
+        near = barrier * (barrier / loss_minimum) ** -NEAR * np.exp(-self.offset[0])
+        return Gate(Limits(jnp.float32(lowest), jnp.float32(GATE_SAFETY * lowest)), jnp.float32(near))
+
+    def put_into(self, world: World, loss_minimum: float) -> World:
+        """The world with what the compiled code needs of these screens."""
+        if not self.gathered:
+            for indices, weights in zip(self.indices, self.weights, strict=True):
+                chosen = jnp.asarray(indices)
+                self.gathered.append((world.inputs[chosen], world.targets[chosen], jnp.asarray(weights, jnp.float32)))
+        limits = [self.limits(stage, float(world.barrier)) for stage in (0, 1)]
+        gate = self.gate(float(world.barrier), loss_minimum) if self.gated else None
+        first, second = (Screen(*arrays, own) for arrays, own in zip(self.gathered, limits, strict=True))
+        return world._replace(gate=gate, screens=(first, second))
+
+
+@lru_cache(maxsize=32)
+def _compiled_pilot(recipe: Recipe) -> Callable:
+    def pilot(state: PyTree, step: Array, end: Array, key: PRNGKeyArray, world: World) -> tuple[PyTree, Array]:
+        stream, samples = slot_key(key, PILOT_SLOT), world.inputs.shape[0]
+
+        def body(carry: tuple) -> tuple:
+            state, step, order = carry
+            step = step + 1
+            order = recipe.renew(order, stream, step, samples)
+            indices, _ = recipe.draw(stream, step, order, samples)
+            state, _ = recipe.step(state, world.learning_rate, world.inputs, world.targets, indices)
+            return state, step, order
+
+        carry = (state, step, recipe.order(stream, step + 1, samples))
+        state, _, _ = jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)
+        return state, sample_losses(recipe.apply, recipe.loss, state[0], world.inputs, world.targets)
+
+    return jax.jit(pilot)
+
+
+def pilot_losses(
+    recipe: Recipe, params: PyTree, key: PRNGKeyArray, world: World, snapshots: int = 32, interval: int = 16
+) -> tuple[Float[np.ndarray, "s n"], Float[np.ndarray, "t n"]]:
+    """Losses of every sample along a run that is put back to the minimum whenever it is found above the barrier.
+
+    And the same at states near the barrier, where the screens must be right: those of the run, with their displacement
+    from the minimum stretched. The stretch comes from the state before, as if the loss were quadratic.
+    """
+    run, losses_at, barrier = _compiled_pilot(recipe), _compiled_losses(recipe), float(world.barrier)
+    origin = state = recipe.start(params, float(world.learning_rate))
+    met: list[np.ndarray] = []
+    near: list[np.ndarray] = []
+    stretch = 3.0
+    for snapshot in range(4 * snapshots):
+        step = snapshot * interval
+        state, here = run(state, jnp.int32(step), jnp.int32(step + interval), key, world)
+        losses = np.asarray(here, dtype=np.float64)
+        level = losses.mean()
+        if level <= 2 * barrier:
+            met.append(losses)
+            there = np.asarray(losses_at(origin[0], state[0], jnp.float32(stretch), world), dtype=np.float64)
+            if barrier / 2 < there.mean() < 2 * barrier:
+                near.append(there)
+            slope = (there.mean() - level) / (stretch**2 - 1)
+            wanted = np.sqrt(max(1 + (barrier - level) / slope, 0.0)) if slope > 0 else 2 * stretch
+            stretch = float(np.clip(wanted, *STRETCHES))
+        if not level <= barrier:
+            state = origin
+        if len(near) == snapshots:
+            break
+    return np.asarray(met).reshape(len(met), -1), np.asarray(near).reshape(len(near), -1)
+
+
+@lru_cache(maxsize=32)
+def _compiled_losses(recipe: Recipe) -> Callable:
+    def losses(origin: PyTree, params: PyTree, stretch: Array, world: World) -> Array:
+        there = jax.tree.map(lambda start, end: start + stretch * (end - start), origin, params)
+        return sample_losses(recipe.apply, recipe.loss, there, world.inputs, world.targets)
+
+    return jax.jit(losses)
+
+
+def subsample(
+    typical: Float[np.ndarray, " n"], size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, Float[np.ndarray, " m"]]:
+    """``size`` samples drawn systematically with probability growing with their typical loss, and their weights.
+
+    The weighted sum of their losses is an unbiased estimate of the mean loss (a fifth of the probability is uniform, so
+    that no weight exceeds 5 / size).
+
+    >>> indices, weights = subsample(np.ones(1000), 10, np.random.default_rng(0))
+    >>> len(set(indices.tolist())), float(weights.sum())
+    (10, 1.0)
+    """
+    order = rng.permutation(len(typical))
+    probability = 0.8 * typical / typical.sum() + 0.2 / len(typical)
+    position = (np.arange(size) + rng.uniform()) / size
+    indices = order[np.minimum(np.searchsorted(np.cumsum(probability[order]), position), len(typical) - 1)]
+    return indices, 1 / (size * len(typical) * probability[indices])
+
+
+def choose_screens(
+    losses: Float[np.ndarray, "s n"], at_barrier: Float[np.ndarray, "t n"], barrier: float, seed: int, *, gated: bool
+) -> Screens | None:
+    """The pair of screen sizes of least expected cost, or None if exact looks are as cheap.
+
+    The expected cost of an iteration, in sample evaluations, is ``m1 + P1 m2 + P12 N``, where P1 and P12 are the
+    probabilities that one and both screens come near the barrier, given the losses met and the screens' spread.
+
+    Args:
+        losses: of every sample, at states that SGD visits.
+        at_barrier: the same at states near the barrier.
+        barrier: loss of escape.
+        seed: of the draw of the subsamples.
+        gated: a gate stands before the first screen, which is then computed at a part of the iterations only.
+    """
+    samples = losses.shape[1]
+    if min(len(losses), len(at_barrier)) < FEWEST_SNAPSHOTS:
+        return None
+    log_full, full = np.log(losses.mean(1)), at_barrier.mean(1)
+    typical = (at_barrier / full[:, None]).mean(0)
+    climb = np.linspace(np.median(log_full), np.log(barrier), 20)
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for size in (size for size in SIZES if size <= samples // 2):
+        indices, weights = subsample(typical, size, rng)
+        error = np.log(full) - np.log(at_barrier[:, indices] @ weights)
+        drawn[size] = indices, weights * np.exp(error.mean()), max(float(np.std(error)), SMALLEST_SPREAD)
+    usual = float(np.median([spread * np.sqrt(size) for size, (_, _, spread) in drawn.items()]))
+    candidates = {}
+    for size, (indices, weights, own) in drawn.items():
+        spread = max(own, usual / np.sqrt(size))  # a lucky draw is not trusted
+        met, climbing = (ndtr((logs - np.log(barrier)) / spread + SAFETY) for logs in (log_full, climb))
+        near = np.concatenate([(1 - CLIMBING) * met / len(met), CLIMBING * climbing / len(climb)])
+        candidates[size] = indices, weights, spread, near, np.concatenate([met, climbing])
+    best, choice = 0.5 * samples, None
+    for first, (*_, near_first, _) in candidates.items():
+        for second in (size for size in candidates if size > first):
+            ask_second = FAR_LOOKS[1] + near_first.sum()
+            ask_full = FAR_LOOKS[1] * FAR_LOOKS[2] + (near_first * candidates[second][4]).sum()
+            cost = (
+                (GATE_OPEN if gated else 1.0) * (first + FIXED_COST)
+                + ask_second * (second + FIXED_COST)
+                + ask_full * samples
+            )
+            if cost < best:
+                best, choice = cost, (first, second)
+    if choice is None:
+        return None
+    (index1, weight1, spread1, *_), (index2, weight2, spread2, *_) = (candidates[size] for size in choice)
+    return Screens((index1, index2), (weight1, weight2), (spread1, spread2), gated)

@@ -1,0 +1,160 @@
+"""The tables of a campaign, put together from its finished parts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from escape_inference.errors import InputError
+from escape_inference.table import read_measurements
+from escape_inference.trainers.escape import EscapeRecord
+from escape_inference.trainers.storage import Campaign
+from escape_inference.trainers.study import ConditionSpec, MinimumSpec, Study, describe
+
+COVARIATES = ["hessian_minimum", "hessian_minimum_se", "effective_dimension"]
+COLUMNS = [
+    "minimum",
+    "run",
+    "learning_rate",
+    "batch_size",
+    "steps",
+    "escaped",
+    "check_interval",
+    "barrier",
+    "start",
+    "loss_minimum",
+    "loss_barrier",
+    *COVARIATES,
+]
+NEGLIGIBLE = 1e-3
+"""A relative standard error of h* below this is left out of the table (it is in ``minima.csv``)."""
+
+
+def part_name(kind: str, spec: MinimumSpec | ConditionSpec) -> str:
+    """Return the name of the part that holds a minimum or a condition."""
+    return f"{kind}-{spec.identity[:16]}"
+
+
+def record_writer(record: dict[str, Any]) -> Callable[[Path], object]:
+    """Return a function that writes the record of a part as JSON."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read the record of a finished part."""
+    return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+
+
+def summary(measured: EscapeRecord) -> dict[str, Any]:
+    """Return what ``conditions.csv`` says about one measured condition.
+
+    ``coefficient_of_variation`` is that of the complete times (1 for a memoryless escape; runs that did not escape are
+    left out, so it is biased low where they are many). ``rate_ratio_halves`` is the rate in the second half of the time
+    over that in the first (1 for a settled state), ``rate_change`` their difference in standard errors.
+    """
+    times = measured.rows.loc[measured.rows["escaped"], "steps"].to_numpy(dtype=float)
+    trend = measured.trend
+    middle = len(trend) // 2
+    early, late = trend.iloc[:middle], trend.iloc[len(trend) - middle :]
+    halves = [(part["escapes"].sum(), part["exposure"].sum()) for part in (early, late)]
+    steady = measured.start == "quasi_stationary" and halves[0][0] > 0 and halves[1][1] > 0
+    return {
+        "rows": len(measured.rows),
+        "escapes": int(measured.escapes),
+        "exposure": float(measured.exposure),
+        "rate": float(measured.rate),
+        "rate_se": float(measured.rate_se),
+        "coefficient_of_variation": float(times.std(ddof=1) / times.mean()) if len(times) > 1 else None,
+        "rate_ratio_halves": float(halves[1][0] / halves[1][1] / (halves[0][0] / halves[0][1])) if steady else None,
+        "burn_in": int(measured.burn_in),
+        "settled": bool(measured.settled),
+        "rate_change": float(measured.rate_change),
+        **{name if "drift" in name else f"gelman_rubin_{name}": v for name, v in measured.gelman_rubin.items()},
+        "missed_fraction": measured.missed_fraction,
+        "missed_fraction_se": measured.missed_fraction_se,
+        "note": "; ".join(measured.warnings),
+        "seconds": round(float(measured.seconds), 2),
+    }
+
+
+def write_tables(campaign: Campaign, plan: Study) -> Path:
+    """Write ``minima.csv``, ``conditions.csv``, ``trends.csv`` and, last, ``measurements.parquet``.
+
+    Returns:
+        Path of ``measurements.parquet``.
+
+    Raises:
+        InputError: no condition gave a usable run, or a table cannot be written. The other tables then say why.
+    """
+    minima, conditions, trends, rows = [], [], [], []
+    known: dict[str, dict[str, Any]] = {}
+    for minimum in plan.minima:
+        folder = campaign.finished(part_name("minimum", minimum))
+        assert folder is not None
+        record = known[minimum.label] = read_record(folder)
+        values = record.pop("eigenvalues", [])
+        record |= {f"eigenvalue_{place + 1}": value for place, value in enumerate(values)}
+        minima.append({"minimum": minimum.label, **minimum.settings, "seed": minimum.content["seed"], **record})
+    for condition in plan.conditions:
+        name = condition.minimum.label
+        folder = campaign.finished(part_name("condition", condition))
+        record = {"status": "minimum failed"} if folder is None else read_record(folder)
+        record.pop("seconds", None)
+        conditions.append(_condition_row(condition, known[name], record))
+        if folder is not None and record["status"] == "measured":
+            label = {"minimum": name, "condition": describe(condition), "learning_rate": record["learning_rate"]}
+            trends.append(pd.read_csv(folder / "trend.csv").assign(**label))
+            covariates = {key: known[name].get(key) for key in COVARIATES}
+            rows.append(pd.read_parquet(folder / "rows.parquet").assign(minimum=name, **covariates))
+    _write_csv(campaign, "minima.csv", pd.DataFrame(minima))
+    _write_csv(campaign, "conditions.csv", pd.DataFrame(conditions))
+    _write_csv(
+        campaign, "trends.csv", pd.concat(trends, ignore_index=True) if trends else pd.DataFrame({"condition": []})
+    )
+    if not rows:
+        raise InputError(f"{campaign.output}: no condition gave a usable run; conditions.csv says why")
+    return _write_measurements(campaign, pd.concat(rows, ignore_index=True))
+
+
+def _write_csv(campaign: Campaign, name: str, frame: pd.DataFrame) -> None:
+    campaign.write_table(name, lambda path: frame.to_csv(path, index=False))
+
+
+def _condition_row(condition: ConditionSpec, known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return one row of ``conditions.csv``."""
+    minimum_loss, curvature = known.get("loss_minimum"), known.get("hessian_minimum")
+    learning_rate = record.get("learning_rate", condition.learning_rate)
+    temperature = None
+    if learning_rate is not None and curvature is not None:
+        temperature = learning_rate * curvature / condition.batch_size
+    return {
+        "condition": describe(condition),
+        "minimum": condition.minimum.label,
+        "learning_rate": learning_rate,
+        "batch_size": condition.batch_size,
+        "threshold": condition.threshold,
+        "start": condition.start,
+        "check_interval": condition.settings["check_interval"],
+        "loss_minimum": minimum_loss,
+        "loss_barrier": None if minimum_loss is None else condition.threshold * minimum_loss,
+        "hessian_minimum": curvature,
+        "temperature": temperature,
+        **{key: value for key, value in record.items() if key != "learning_rate"},
+    }
+
+
+def _write_measurements(campaign: Campaign, table: pd.DataFrame) -> Path:
+    """Write the table of all runs, and read it back by the rules for measured tables."""
+    errors = table["hessian_minimum_se"].astype(float)
+    if (errors <= NEGLIGIBLE * table["hessian_minimum"]).all():
+        table = table.drop(columns="hessian_minimum_se")
+    if table["effective_dimension"].isna().all():
+        table = table.drop(columns="effective_dimension")
+    first = [column for column in COLUMNS if column in table]
+    table = table[first + [column for column in table if column not in first]]
+    path = campaign.write_table("measurements.parquet", lambda partial: table.to_parquet(partial, index=False))
+    read_measurements(path)
+    return path
