@@ -23,7 +23,9 @@ app = typer.Typer(
     help="Infer and compare laws for the escape rate of stochastic gradient descent from measured escape times.",
     epilog="Start with: escape-inference compare TABLE --output results. The table's columns are described in README.md.",
 )
-TablePath = Annotated[Path, typer.Argument(help="Measured table, CSV or Parquet: one row for each run at one condition.")]
+TablePath = Annotated[
+    Path, typer.Argument(help="Measured table, CSV or Parquet: one row for each run at one condition.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if it is not there.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -47,7 +49,8 @@ def infer(
 
     Example: escape-inference infer data/mnist_two_class.csv --law power_law --output results
     """
-    from escape_inference import inference, law as laws
+    from escape_inference import inference
+    from escape_inference import law as laws
     from escape_inference.posterior import parameters_of, save_tree
 
     _check_writable(output)
@@ -108,7 +111,9 @@ def compare(
     for name, tree in result.fits.items():
         save_tree(tree, output / f"{name}.nc")
     write_text(output / "comparison.csv", result.table.to_csv())
-    write_text(output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     print(f"Escape check: {prepared.check.sentence}")
     if prepared.left_out:
         print(f"Left out, not escape: {', '.join(prepared.left_out)}")
@@ -220,7 +225,8 @@ def _print_parameters(law: str, parameters: dict[str, dict[str, float]]) -> None
 def _print_comparison(report: dict) -> None:
     columns = ["elpd", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "pareto_k_max", "trustworthy"]
     rows = [
-        [name, *(_format(law[c]) for c in columns), _format(law["discrepancy"]["mean"])] for name, law in report["laws"].items()
+        [name, *(_format(law[c]) for c in columns), _format(law["discrepancy"]["mean"])]
+        for name, law in report["laws"].items()
     ]
     _print_table("laws, best first", ["law", *columns, "discrepancy"], rows)
     for name, law in report["laws"].items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -25,32 +25,28 @@ from escape_inference.cross_validation import (
     stacking_weights,
     with_refits,
 )
-from escape_inference.escape_check import EscapeCheck
-from escape_inference.evidence import Evidence, agree, bridge_log_evidence, smc_log_evidence
+from escape_inference.evidence import Evidence, agree, bridge_log_evidence
+from escape_inference.exploration import Problem, densities, evaluate_points
 from escape_inference.inference import (
     CHAINS,
     DRAWS,
     WARMUP,
     Fit,
     Prepared,
-    Problem,
     applicable,
     build_problem,
-    evaluate_draws,
+    fit_law,
     fit_tree,
     prepare,
     run_chains,
-    summarise,
 )
 from escape_inference.law import Law, built_in_laws, load_laws
-from escape_inference.model import evaluate, sample_prior
 from escape_inference.precision import float64
-from escape_inference.sampler import Draws, Shapes
+from escape_inference.sampler import Draws
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
 from escape_inference.verdict import WIDTHS, Candidate, Pair, decide
 
 Progress = Callable[[str], None]
-SMC_SIZE = {"particles": 512, "moves": 8, "replicates": 4}
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,11 @@ class LawResult:
     fit: Fit
     loo: dict[float, LeaveOneOut]
     bridge: dict[float, Evidence]
-    smc: Evidence
+
+    @property
+    def smc(self) -> Evidence:
+        """Log evidence by tempered Monte Carlo."""
+        return self.fit.problem.evidence
 
     @property
     def evidence_agrees(self) -> bool:
@@ -124,32 +124,25 @@ def compare(
     results: dict[str, LawResult] = {}
     if len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape":
         for law in chosen:
-            results[law.name] = _study(build_problem(law, prepared), seed, draws, warmup, chains, say)
+            say(f"{law.name}: from the prior to the posterior")
+            results[law.name] = _study(build_problem(law, prepared, seed=seed), seed, draws, warmup, chains, say)
     return _assemble(prepared, chosen, results, seed, say)
 
 
 def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, say: Progress) -> LawResult:
     """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths."""
     name, everything = problem.law.name, np.ones(problem.observed.escapes.shape[0])
+    say(f"{name}: sampling")
+    fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    say(f"{name}: evidence")
 
-    def run(weight: np.ndarray, width: float, seed: int, warmup: int = warmup) -> Draws:
+    def run(weight: np.ndarray, width: float, seed: int) -> Draws:
         return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains)
 
-    say(f"{name}: sampling")
-    fit = summarise(problem, run(everything, 1.0, seed))
-    if not fit.convergence.trustworthy:
-        say(f"{name}: sampling again, longer ({fit.convergence.reason})")
-        fit = summarise(problem, run(everything, 1.0, seed + 1, 4 * warmup))
-    say(f"{name}: evidence")
-    log_joint, log_prior, log_likelihood, from_prior = _densities(problem.law, problem.shapes)
-
-    def data(width: float) -> tuple[Any, ...]:
-        return problem.inputs, problem.observed, jnp.asarray(width)
-
     def bridge(draws: Draws, width: float) -> Evidence:
-        return bridge_log_evidence(log_joint, draws.z, data=data(width), seed=seed)
+        data = (problem.fast, problem.observed, jnp.asarray(width))
+        return bridge_log_evidence(densities(problem.law, problem.shapes)[0], draws.z, data=data, seed=seed)
 
-    smc = smc_log_evidence(log_prior, log_likelihood, from_prior, data=data(1.0), seed=seed, **SMC_SIZE)
     evidence, loo = {1.0: bridge(fit.draws, 1.0)}, {}
     sources: dict[float, tuple[Draws, np.ndarray, float]] = {}
     for width in WIDTHS:
@@ -178,17 +171,17 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
             ratio = _log_prior_ratio(problem, without, width) if width != sampled_width else np.zeros(values.size)
             found[i] = values, ratio
         loo[width] = with_refits(loo[width], found)
-    return LawResult(fit, loo, evidence, smc)
+    return LawResult(fit, loo, evidence)
 
 
 def _log_prior_ratio(problem: Problem, draws: Draws, width: float) -> np.ndarray:
     """Log of the prior density at prior widths × ``width`` over the density at ×1, for every draw."""
     if width == 1.0:
         return np.zeros(int(np.prod(draws.z.shape[:2])))
-    log_prior = _densities(problem.law, problem.shapes)[1]
+    log_prior = densities(problem.law, problem.shapes)[1]
     flat = jnp.asarray(draws.z.reshape(-1, draws.z.shape[-1]))
     at = [
-        _map_points(log_prior, flat, (problem.inputs, problem.observed, jnp.asarray(factor))) for factor in (width, 1.0)
+        _map_points(log_prior, flat, (problem.fast, problem.observed, jnp.asarray(factor))) for factor in (width, 1.0)
     ]
     return np.asarray(at[0] - at[1])
 
@@ -208,33 +201,8 @@ def _reweighted(evidence: Evidence, log_weight: np.ndarray) -> Evidence:
 
 def _log_likelihood(problem: Problem, run: Draws) -> np.ndarray:
     flat = jnp.asarray(run.z.reshape(-1, run.z.shape[-1]))
-    values, _ = evaluate_draws(flat, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes)
-    return np.asarray(values).reshape(*run.z.shape[:2], -1)
-
-
-@lru_cache(maxsize=64)
-def _densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
-    """Densities of a law as functions of (z, data) whose identity is stable, so that nothing compiles twice."""
-
-    def value(z: Array, data: Any) -> Any:
-        inputs, observed, width = data
-        return evaluate(z, law, dict(shapes), inputs, observed, width)
-
-    def log_prior(z: Array, data: Any) -> Array:
-        return value(z, data).log_prior
-
-    def log_likelihood(z: Array, data: Any) -> Array:
-        return jnp.sum(value(z, data).log_likelihood)
-
-    def log_joint(z: Array, data: Any) -> Array:
-        one = value(z, data)
-        return one.log_prior + jnp.sum(one.log_likelihood)
-
-    def from_prior(key: Array, data: Any) -> Array:
-        inputs, observed, width = data
-        return sample_prior(key, law, inputs, observed, 1, width)[0]
-
-    return log_joint, log_prior, log_likelihood, from_prior
+    value = evaluate_points(flat, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes)
+    return np.asarray(value.log_likelihood).reshape(*run.z.shape[:2], -1)
 
 
 def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
@@ -297,10 +265,10 @@ def _assemble(
         "data": {
             "path": str(prepared.conditions.path),
             "sha256": prepared.conditions.sha256,
-            "minima": len(prepared.conditions.minima),
-            "conditions": len(frame),
-            "runs": int(prepared.conditions.n_runs),
-            "escapes": int(prepared.conditions.n_escapes),
+            "minima": len(prepared.every.minima),
+            "conditions": len(prepared.every),
+            "runs": prepared.every.n_runs,
+            "escapes": prepared.every.n_escapes,
         },
         "settings": prepared.settings,
     }

@@ -91,7 +91,9 @@ def difference(first: LeaveOneOut, second: LeaveOneOut) -> tuple[float, float]:
     return float(gap.sum()), error
 
 
-def stacking_weights(pointwise: Float[np.ndarray, "law condition"], iterations: int = 2000) -> Float[np.ndarray, " law"]:
+def stacking_weights(
+    pointwise: Float[np.ndarray, "law condition"], iterations: int = 2000
+) -> Float[np.ndarray, " law"]:
     """Weights of the mixture of laws that predicts left-out conditions best (Yao et al. 2018), by expectation maximisation.
 
     >>> np.round(stacking_weights(np.array([[0.0, 0.0, 0.0], [-5.0, -5.0, -5.0]])), 2)

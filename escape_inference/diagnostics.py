@@ -36,7 +36,13 @@ def check_convergence(
     columns = np.moveaxis(np.asarray(z, float), -1, 0)
     rhat = float(np.max([array_stats.rhat(c, chain_axis=0, draw_axis=1) for c in columns]))
     ess = float(
-        np.min([array_stats.ess(c, chain_axis=0, draw_axis=1, method=m, prob=(0.05, 0.95) if m == "tail" else None) for c in columns for m in ("bulk", "tail")])
+        np.min(
+            [
+                array_stats.ess(c, chain_axis=0, draw_axis=1, method=m, prob=(0.05, 0.95) if m == "tail" else None)
+                for c in columns
+                for m in ("bulk", "tail")
+            ]
+        )
     )
     step = np.diff(energy, axis=1)
     bfmi = float(np.min(np.mean(step**2, axis=1) / np.var(energy, axis=1)))

@@ -30,7 +30,7 @@ from jaxtyping import Array, ArrayLike
 from escape_inference.bridge import bridge_halves
 from escape_inference.precision import float64
 from escape_inference.student import FREEDOM, LogDensity
-from escape_inference.tempering import tempered_log_evidences
+from escape_inference.tempering import Outcome, tempered_log_evidences
 
 MAX_ERRORS, MAX_NATS = 3.0, 0.5  # two evidences agree within so many combined standard errors, and within so many nats
 
@@ -166,7 +166,25 @@ def smc_log_evidence(
     """
     if particles % moves or particles <= moves or replicates < 2:
         raise ValueError(f"need particles a multiple of moves and 2 replicates, not {particles}, {moves}, {replicates}")
-    log_z, variance = tempered_log_evidences(
+    return smc(
+        log_prior, log_likelihood, sample_prior, data, seed, particles, moves, replicates, target, max_temperatures
+    )[0]
+
+
+def smc(
+    log_prior: LogDensity,
+    log_likelihood: LogDensity,
+    sample_prior: Callable[..., Array],
+    data: Any,
+    seed: int,
+    particles: int = 1024,
+    moves: int = 16,
+    replicates: int = 4,
+    target: float = 0.5,
+    max_temperatures: int = 500,
+) -> tuple[Evidence, Outcome]:
+    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior."""
+    outcome = tempered_log_evidences(
         log_prior,
         log_likelihood,
         sample_prior,
@@ -178,8 +196,9 @@ def smc_log_evidence(
         replicates,
         max_temperatures,
     )
-    weights = np.exp(np.asarray(log_z) - np.max(log_z))
+    log_z, variance = np.asarray(outcome.log_evidence), outcome.variance
+    weights = np.exp(log_z - np.max(log_z))
     spread = np.std(weights, ddof=1) / np.mean(weights) / np.sqrt(replicates)
     theory = np.sqrt(np.mean(variance) / replicates)
     log_evidence = float(np.max(log_z) + np.log(np.mean(weights)))
-    return Evidence(log_evidence, float(np.maximum(spread, theory)), "smc")
+    return Evidence(log_evidence, float(np.maximum(spread, theory)), "smc"), outcome

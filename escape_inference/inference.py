@@ -1,8 +1,6 @@
 """From a table to the posterior of one law."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,18 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
+from escape_inference.exploration import Problem, evaluate_points, explore
 from escape_inference.law import Law, load_law
-from escape_inference.likelihood import EscapeCounts, Observations, conditional_discrepancy
-from escape_inference.model import (
-    Inputs,
-    build_inputs,
-    build_observations,
-    evaluate,
-    sample_prior,
-    site_shapes,
-    sort_conditions,
-)
+from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
+from escape_inference.model import build_inputs, build_observations, sample_prior, site_shapes, sort_conditions
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
-from escape_inference.sampler import Draws, Shapes, sample
+from escape_inference.sampler import Draws, sample
 from escape_inference.table import read_measurements
+from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-Progress = Callable[[str], None]
+SURROGATE_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,25 +35,11 @@ class Prepared:
     """Conditions that may enter a fit, in the model's order, and the check that let them in."""
 
     conditions: Conditions
+    every: Conditions
     check: EscapeCheck
-    delayed: np.ndarray
+    waiting: dict[int, GammaLikelihood]
     left_out: tuple[str, ...]
     settings: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One law on prepared data: everything that sampling, evidence and cross-validation need."""
-
-    law: Law
-    inputs: Inputs
-    observed: Observations
-    shapes: Shapes
-
-    @property
-    def dimension(self) -> int:
-        """Number of sampled variables."""
-        return int(sum(np.prod(shape) for _, (shape, _) in self.shapes))
 
 
 @dataclass(frozen=True)
@@ -90,9 +68,13 @@ def prepare(table: str | Path | pd.DataFrame, *, seed: int = 0) -> Prepared:
     kept = conditions.select(np.flatnonzero(keep))
     grades = dict(zip(conditions.frame["condition"], grade, strict=True))
     kept = sort_conditions(kept)
-    delayed = np.array([grades[name] == "delayed" for name in kept.frame["condition"]], dtype=bool)
+    waiting = {
+        i: gamma_likelihood(kept.times[kept.times["condition"] == i], float(kept.frame["learning_rate"].iloc[i]))
+        for i, name in enumerate(kept.frame["condition"])
+        if grades[name] == "delayed"
+    }
     settings = {"seed": seed, "draws": DRAWS, "warmup": WARMUP, "chains": CHAINS, "version": __version__}
-    return Prepared(kept, check, delayed, left_out, settings)
+    return Prepared(kept, conditions, check, waiting, left_out, settings)
 
 
 def applicable(law: Law, conditions: Conditions) -> bool:
@@ -101,8 +83,8 @@ def applicable(law: Law, conditions: Conditions) -> bool:
 
 
 @float64
-def build_problem(law: Law, prepared: Prepared) -> Problem:
-    """Arrays of one law's problem.
+def build_problem(law: Law, prepared: Prepared, *, seed: int = 0) -> Problem:
+    """One law's problem, explored and ready to be sampled.
 
     Raises:
         InputError: the law does not apply to the barriers in the table, or no escape is left.
@@ -118,9 +100,9 @@ def build_problem(law: Law, prepared: Prepared) -> Problem:
             f"law {law.name} has no formula for barrier {'/'.join(sorted(set(frame['barrier']) - set(law.barriers)))!r}"
         )
     inputs = build_inputs(law, prepared.conditions)
-    observed = build_observations(prepared.conditions, prepared.delayed)
+    observed = build_observations(prepared.conditions, prepared.waiting)
     inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
-    return Problem(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()))
+    return explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed)
 
 
 def run_chains(
@@ -132,17 +114,20 @@ def run_chains(
     draws: int = DRAWS,
     warmup: int = WARMUP,
     chains: int = CHAINS,
+    exact: bool = False,
 ) -> Draws:
     """Sample the posterior; ``weight`` 0 leaves a condition out, ``width`` multiplies the prior's standard deviations.
 
     Neither compiles anew.
     """
-    key = jax.random.key(seed)
-    start = sample_prior(jax.random.fold_in(key, 1), problem.law, problem.inputs, problem.observed, chains)
+    rng = np.random.default_rng(seed)
+    start = problem.particles[rng.choice(len(problem.particles), chains, replace=False)]
+    covariance = np.atleast_2d(np.cov(problem.particles.T)) + 1e-10 * np.eye(start.shape[1])
     result = sample(
-        jax.random.split(jax.random.fold_in(key, 2), chains),
-        0.5 * (start + jnp.mean(start, axis=0)),
-        problem.inputs,
+        jax.random.split(jax.random.key(seed), chains),
+        jnp.asarray(start),
+        jnp.asarray(covariance),
+        problem.inputs if exact else problem.fast,
         replace(problem.observed, weight=jnp.asarray(weight, float)),
         jnp.asarray(width, float),
         law=problem.law,
@@ -153,28 +138,43 @@ def run_chains(
     return Draws(*(np.asarray(x) for x in result))
 
 
-@partial(jax.jit, static_argnames=("law", "shapes"))
-def evaluate_draws(
-    z: Float[Array, "draw dim"], inputs: Inputs, observed: Observations, *, law: Law, shapes: Shapes
-) -> tuple[Array, dict[str, Array]]:
-    """Log-likelihoods ``[draw, condition]`` and named values at many points."""
-    value = jax.lax.map(lambda point: evaluate(point, law, dict(shapes), inputs, observed)[1:], z, batch_size=100)
-    return value[0], value[1]
+def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
+    """Sample the posterior; again and longer if the sampler did not converge, or with the exact law if its fast form is off."""
+    everything = np.ones(problem.observed.escapes.shape[0])
+    run = run_chains(problem, everything, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    fit, error = summarise(problem, run)
+    exact = error > SURROGATE_TOLERANCE
+    if exact or not fit.convergence.trustworthy:
+        longer = warmup if exact else 4 * warmup
+        run = run_chains(problem, everything, seed=seed + 1, draws=draws, warmup=longer, chains=chains, exact=exact)
+        fit, _ = summarise(problem, run)
+    return fit
 
 
-def summarise(problem: Problem, draws: Draws) -> Fit:
-    """Diagnostics and values of a finished run."""
+def summarise(problem: Problem, draws: Draws) -> tuple[Fit, float]:
+    """Diagnostics and exact values of a finished run, and the largest error of the log density that was sampled."""
     convergence = check_convergence(draws.z, draws.diverging, draws.energy)
     shape = draws.z.shape[:2]
-    log_likelihood, sites = evaluate_draws(
+    value = evaluate_points(
         jnp.asarray(draws.z.reshape(-1, draws.z.shape[-1])),
         problem.inputs,
         problem.observed,
         law=problem.law,
         shapes=problem.shapes,
     )
-    unflat = lambda x: np.asarray(x).reshape(*shape, *x.shape[1:])  # noqa: E731
-    return Fit(problem, draws, convergence, unflat(log_likelihood), {k: unflat(v) for k, v in sites.items()})
+    exact = np.asarray(value.log_prior + value.log_likelihood.sum(axis=1))
+    error = float(np.max(np.abs(exact + draws.potential.ravel())))
+    unflat = lambda x: np.asarray(x).reshape(*shape, *x.shape[1:])
+    sites = {k: unflat(v) for k, v in value.sites.items()}
+    return Fit(problem, draws, convergence, unflat(value.log_likelihood), sites), error
+
+
+@jax.jit
+def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
+    """One draw of every condition's discrepancy for every posterior draw, ``[draw, condition]``."""
+    return jax.lax.map(
+        lambda one: conditional_discrepancy(*one, observed), (keys, log_rate, discrepancy), batch_size=200
+    )
 
 
 @float64
@@ -184,32 +184,27 @@ def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     key = jax.random.fold_in(jax.random.key(seed), 3)
     chains, draws = fit.draws.z.shape[:2]
     prior_z = sample_prior(jax.random.fold_in(key, 0), problem.law, problem.inputs, problem.observed, 1000)
-    _, prior_sites = evaluate_draws(
+    prior_sites = evaluate_points(
         prior_z, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes
-    )
-    flat_rate = jnp.asarray(fit.sites["log_rate"].reshape(chains * draws, -1))
-    flat_sigma = jnp.asarray(fit.sites["discrepancy"].reshape(-1))
-
-    @jax.jit
-    def replicate(key: Array, log_rate: Array, discrepancy: Array) -> tuple[Array, Array]:
-        one, two = jax.random.split(key)
-        escapes = EscapeCounts(log_rate, discrepancy, problem.observed).sample(one)
-        return escapes, conditional_discrepancy(two, log_rate, discrepancy, problem.observed)
-
-    def in_batches(log_rate: Array, discrepancy: Array, salt: int) -> tuple[Array, Array]:
-        keys = jax.random.split(jax.random.fold_in(key, salt), log_rate.shape[0])
-        return jax.lax.map(lambda args: replicate(*args), (keys, log_rate, discrepancy), batch_size=200)
-
-    predicted, residual = in_batches(flat_rate, flat_sigma, 1)
-    prior_predicted, _ = in_batches(prior_sites["log_rate"], prior_sites["discrepancy"], 2)
-    shaped = lambda x: np.asarray(x).reshape(chains, draws, -1)  # noqa: E731
+    ).sites
+    log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
+    keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)
+    residual = _residuals(keys, jnp.asarray(log_rate), jnp.asarray(sigma[:, 0]), problem.observed)
+    rng = np.random.default_rng(seed)
+    predicted = replicate_escapes(rng, log_rate, sigma, problem.observed)
+    prior_rate, prior_sigma = np.asarray(prior_sites["log_rate"]), np.asarray(prior_sites["discrepancy"])[:, None]
+    prior_predicted = replicate_escapes(rng, prior_rate, prior_sigma, problem.observed)
+    waiting_shape = np.ones_like(residual := np.asarray(residual).reshape(chains, draws, -1))
+    for i, table in prepared.waiting.items():
+        waiting_shape[..., i] = table.sample_shape(fit.sites["log_rate"][..., i] + residual[..., i], seed=seed)
     return to_tree(
         fit,
         prepared,
         prior={k: np.asarray(v)[None] for k, v in prior_sites.items()},
-        prior_predictive=np.asarray(prior_predicted)[None],
-        posterior_predictive=shaped(predicted),
-        residual=shaped(residual),
+        prior_predictive=prior_predicted[None],
+        posterior_predictive=predicted.reshape(chains, draws, -1),
+        residual=residual,
+        waiting_shape=waiting_shape,
     )
 
 
@@ -243,7 +238,7 @@ def infer(
     """
     law = load_law(law)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
-    problem = build_problem(law, prepared)
-    everything = np.ones(len(prepared.conditions.frame))
-    run = run_chains(problem, everything, seed=seed, draws=draws, warmup=warmup, chains=chains)
-    return fit_tree(summarise(problem, run), prepared, seed=seed)
+    prepared.settings.update({"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
+    problem = build_problem(law, prepared, seed=seed)
+    fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    return fit_tree(fit, prepared, seed=seed)

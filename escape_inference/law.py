@@ -226,7 +226,9 @@ def load_law(law: "str | Path | Law") -> Law:
         return _law_of(module, str(path))
     laws = built_in_laws()
     if law not in laws:
-        raise InputError(f"there is no law {str(law)!r}; choose from {', '.join(laws)}, or give the path of a law's .py file")
+        raise InputError(
+            f"there is no law {str(law)!r}; choose from {', '.join(laws)}, or give the path of a law's .py file"
+        )
     return laws[str(law)]
 
 

@@ -17,9 +17,10 @@ def exact_or_binned_times(rows: pd.DataFrame, check_interval: Int[np.ndarray, "c
     """Intervals that hold the escapes, at most 64 rows for each condition.
 
     With few distinct values they are the exact intervals ``(steps − check_interval, steps]``; with more, neighbouring
-    ones are joined so that all hold about as many escapes. The first then starts at 0 and each at the end of the one
-    before. Censored runs get rows of their own, at their exact lengths or, beyond 16 distinct lengths, at the means of
-    groups of about equal size (so that their exposure is exact).
+    ones are joined at quantiles that are equally spaced in ``arcsin(sqrt(p))``: similar counts in the bulk, finer in
+    both tails, which say most about the shape. The first then starts at 0 and each at the end of the one before.
+    Censored runs get rows of their own, at their exact lengths or, beyond 16 distinct lengths, at the means of groups
+    (so that their exposure is exact).
 
     Args:
         rows: ``condition``, ``steps``, ``escapes``, ``censored``, sorted by condition and steps.
@@ -61,7 +62,7 @@ def exact_or_binned_times(rows: pd.DataFrame, check_interval: Int[np.ndarray, "c
 
 
 def _binned(rows: pd.DataFrame, name: str, most: Int[np.ndarray, "condition"]) -> pd.DataFrame:
-    """Join neighbouring values of each condition until at most ``most`` groups of about equal count are left."""
+    """Join neighbouring values of each condition until at most ``most`` groups are left, smaller ones in the tails."""
     condition, count = rows["condition"].to_numpy(), rows[name].to_numpy()
     size = len(most)
     distinct = np.bincount(condition, minlength=size)
@@ -72,7 +73,8 @@ def _binned(rows: pd.DataFrame, name: str, most: Int[np.ndarray, "condition"]) -
     rank = np.arange(len(rows)) - begin[condition]
     binned = (distinct > most)[condition]
     with np.errstate(divide="ignore", invalid="ignore"):
-        quantile = np.floor(before / total[condition] * most[condition]).astype(np.int64)
+        angle = np.arcsin(np.sqrt(before / total[condition])) / (0.5 * np.pi)
+        quantile = np.floor(angle * most[condition]).astype(np.int64)
     group = np.where(binned, quantile, rank)
     change = np.append(True, (group[1:] != group[:-1]) | (condition[1:] != condition[:-1]))[: len(rows)]
     start = np.flatnonzero(change)

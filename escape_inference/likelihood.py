@@ -107,7 +107,9 @@ def _marginal(log_rate: Array, discrepancy: Array, observed: Observations) -> Ar
 
 
 @_marginal.defjvp
-def _marginal_jvp(primals: tuple[Array, Array, Observations], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+def _marginal_jvp(
+    primals: tuple[Array, Array, Observations], tangents: tuple[Array, Array, Any]
+) -> tuple[Array, Array]:
     log_rate, discrepancy, observed = primals
     value, first, second = _marginal_and_moments(log_rate, discrepancy, observed)
     slope = first / discrepancy**2
@@ -140,6 +142,29 @@ def conditional_discrepancy(
     choice = jax.random.categorical(choice_key, log_density, axis=0)
     jitter = jax.random.uniform(jitter_key, choice.shape, minval=-0.05, maxval=0.05)
     return mode + scale * (grid[choice, 0] + jitter)
+
+
+def replicate_escapes(
+    rng: np.random.Generator,
+    log_rate: Float[np.ndarray, "draw condition"],
+    discrepancy: Float[np.ndarray, "draw 1"],
+    observed: Observations,
+) -> Float[np.ndarray, "draw condition"]:
+    """Escapes of every condition in as many looks as were made, at a fresh discrepancy (predictive draws).
+
+    Memoryless conditions: one trial a look. Delayed ones: counts of a renewal process with the Gamma shape of the data.
+    """
+    rate = np.exp(
+        np.clip(log_rate + discrepancy * rng.normal(size=log_rate.shape), -LARGEST_LOG_RATE, LARGEST_LOG_RATE)
+    )
+    looks, width = np.round(np.asarray(observed.looks)).astype(np.int64), np.asarray(observed.look_width)
+    count = rng.binomial(looks, -np.expm1(-rate * width)).astype(float)
+    index = np.asarray(observed.delayed)
+    if index.size:
+        sharpness = np.asarray(observed.table_escapes) / np.maximum(np.asarray(observed.escapes)[index], 1.0)
+        mean = np.minimum(rate[:, index] * np.asarray(observed.table_exposure), 1e9)
+        count[:, index] = np.minimum(np.floor(rng.poisson(mean) / sharpness), looks[index])
+    return count
 
 
 def _exponential_twin(observed: Observations) -> tuple[Array, Array]:
@@ -183,7 +208,9 @@ def _mode_and_scale(
 
 def _lambert_w_of_exp(a: Array) -> Array:
     """Solve ``w + log w = a`` (Lambert's W of exp(a)), for any real a."""
-    w = jnp.where(a > 1.0, a - jnp.log(jnp.maximum(a, 1.0)), jnp.exp(jnp.minimum(a, 1.0)) / (1 + jnp.exp(jnp.minimum(a, 1.0))))
+    w = jnp.where(
+        a > 1.0, a - jnp.log(jnp.maximum(a, 1.0)), jnp.exp(jnp.minimum(a, 1.0)) / (1 + jnp.exp(jnp.minimum(a, 1.0)))
+    )
     for _ in range(4):
         w = jnp.where(a < -30.0, jnp.exp(jnp.minimum(a, 0.0)), w * (1 + a - jnp.log(jnp.maximum(w, 1e-300))) / (1 + w))
     return jnp.maximum(w, 0.0)
@@ -193,7 +220,9 @@ def _from_table(log_rate: Array, observed: Observations) -> Array:
     """Cubic interpolation of the tabulated log-likelihood minus its exponential twin; constant difference outside the grid."""
     points = observed.table_values.shape[1]
     grid = observed.table_start[:, None] + observed.table_step[:, None] * jnp.arange(points)
-    twin = observed.table_escapes * log_rate - observed.table_exposure * jnp.exp(jnp.minimum(log_rate, LARGEST_LOG_RATE))
+    twin = observed.table_escapes * log_rate - observed.table_exposure * jnp.exp(
+        jnp.minimum(log_rate, LARGEST_LOG_RATE)
+    )
     residual = observed.table_values - (
         observed.table_escapes[:, None] * grid - observed.table_exposure[:, None] * jnp.exp(grid)
     )
@@ -210,8 +239,8 @@ class EscapeCounts(Distribution):
     """Escapes of every condition for its exposure, the law's discrepancy integrated out.
 
     Each look is one trial; ``sample`` draws a discrepancy and then the number of escapes among the looks of the condition,
-    the record that ``log_prob`` scores (the order of the escapes is known, so there is no binomial coefficient). For a delayed
-    condition ``log_prob`` scores the tabulated waiting times and ``sample`` draws the count of the corresponding renewal process.
+    the record that ``log_prob`` scores (the order of the escapes is known, so there is no binomial coefficient). The waiting
+    times of delayed conditions are scored by their tables; :func:`replicate_escapes` draws counts for them.
 
     NumPyro's censored distributions are no substitute: their log survival saturates and loses its gradient in the tail.
     """
@@ -224,18 +253,12 @@ class EscapeCounts(Distribution):
         super().__init__(batch_shape=jnp.shape(log_rate), validate_args=False)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Escapes ``[*sample_shape, condition]`` for the observed exposures, at a fresh discrepancy."""
+        """Escapes ``[*sample_shape, condition]`` for the looks at each condition, at a fresh discrepancy."""
         assert key is not None
-        delta_key, count_key, shape_key = jax.random.split(key, 3)
+        delta_key, count_key = jax.random.split(key)
         seen, shape = self.observed, (*sample_shape, *self.batch_shape)
         rate = jnp.exp(self.log_rate + self.discrepancy * jax.random.normal(delta_key, shape))
-        count = jax.random.binomial(count_key, jnp.round(seen.looks), -jnp.expm1(-rate * seen.look_width), shape)
-        if seen.delayed.size:
-            index = seen.delayed
-            sharpness = seen.table_escapes / jnp.maximum(seen.escapes[index], 1.0)
-            events = jax.random.poisson(shape_key, rate[..., index] * seen.table_exposure, (*sample_shape, index.size))
-            count = count.at[..., index].set(jnp.floor(events / sharpness))
-        return count
+        return jax.random.binomial(count_key, jnp.round(seen.looks), -jnp.expm1(-rate * seen.look_width), shape)
 
     def log_prob(self, value: Array) -> Float[Array, " condition"]:
         """Log-likelihood of each condition for the escapes ``value`` in the observed exposure."""

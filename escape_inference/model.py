@@ -20,7 +20,8 @@ from numpyro import handlers
 from escape_inference.conditions import Conditions
 from escape_inference.law import Law, Setting, typical_curvature
 from escape_inference.likelihood import EscapeCounts, Observations
-from escape_inference.waiting import gamma_likelihood
+from escape_inference.surrogate import Surrogate
+from escape_inference.waiting import GammaLikelihood
 
 MEAN_DISCREPANCY = 0.5
 BARRIER_FLOOR = 0.02
@@ -52,6 +53,7 @@ class Inputs:
     medians: dict[str, Float[Array, ""]]
     groups: tuple[tuple[str, str, int, int], ...] = field(metadata={"static": True})
     dimension_carried: str = field(metadata={"static": True})
+    surrogate: Surrogate | None = None
 
     @property
     def barriers(self) -> set[str]:
@@ -125,14 +127,10 @@ def build_inputs(law: Law, conditions: Conditions) -> Inputs:
     )
 
 
-def build_observations(conditions: Conditions, delayed: np.ndarray) -> Observations:
-    """Counts of sorted conditions, and the tabulated Gamma likelihood of those where ``delayed`` is true."""
+def build_observations(conditions: Conditions, waiting: Mapping[int, GammaLikelihood]) -> Observations:
+    """Counts of sorted conditions, and the tabulated Gamma likelihood of the delayed ones (by position)."""
     frame = conditions.frame
-    index = np.flatnonzero(delayed)
-    tables = [
-        gamma_likelihood(conditions.times[conditions.times["condition"] == i], float(frame["learning_rate"].iloc[i]))
-        for i in index
-    ]
+    index, tables = np.array(list(waiting), dtype=int), list(waiting.values())
     width = frame["look_width"].to_numpy(float)
     escapes = frame["escapes"].to_numpy(float)
     values = np.array([t.log_likelihood for t in tables]).reshape(len(tables), -1 if tables else 4)
@@ -163,10 +161,15 @@ def parameter_values(
     for p in law.parameters_for(inputs.barriers):
         if p.name == "effective_dimension" and inputs.dimension_carried == "all":
             continue
-        name = "effective_dimension_unmeasured" if (p.name, inputs.dimension_carried) == (
-            "effective_dimension",
-            "some",
-        ) else p.name
+        name = (
+            "effective_dimension_unmeasured"
+            if (p.name, inputs.dimension_carried)
+            == (
+                "effective_dimension",
+                "some",
+            )
+            else p.name
+        )
         values[p.name] = numpyro.sample(name, p.prior(inputs.medians[p.name], width))
     log_prefactor = numpyro.sample("log_prefactor", dist.Normal(0.0, 1.0 * width))
     base = numpyro.sample("discrepancy_base", dist.Normal(0.0, 1.0))
@@ -193,10 +196,7 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[
         width: factor on every prior standard deviation of the parameters.
     """
     values, log_prefactor, discrepancy = parameter_values(law, inputs, width)
-    logs = {
-        name: latent_log(name, inputs.measured[name])
-        for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)
-    }
+    logs = {name: latent_log(name, inputs.measured[name]) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
     log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
     if inputs.measured["loss_minimum"].latent.shape[0] or inputs.measured["loss_barrier"].latent.shape[0]:
         log_barrier = BARRIER_FLOOR * jax.nn.softplus(log_barrier / BARRIER_FLOOR)
@@ -226,10 +226,12 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[
         here = {name: value[part] if jnp.ndim(value) else value for name, value in values.items()}
         shape = (last - first,)
         temperatures.append(jnp.broadcast_to(law.temperature(here, setting), shape))
-        rates.append(jnp.broadcast_to(law.log_rate(here, setting), shape))
+        if inputs.surrogate is None:
+            rates.append(jnp.broadcast_to(law.log_rate(here, setting), shape))
     numpyro.deterministic("temperature", jnp.concatenate(temperatures))
     numpyro.deterministic("log_barrier", log_barrier[inputs.level])
-    log_rate = numpyro.deterministic("log_rate", jnp.concatenate(rates) + log_prefactor)
+    law_rate = jnp.concatenate(rates) if inputs.surrogate is None else inputs.surrogate(values)
+    log_rate = numpyro.deterministic("log_rate", law_rate + log_prefactor)
     with numpyro.plate("condition", log_rate.shape[0]), handlers.mask(mask=observed.weight > 0):
         numpyro.sample("escapes", EscapeCounts(log_rate, discrepancy, observed), obs=observed.escapes)
 
@@ -249,7 +251,9 @@ def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, t
     return {k: (jnp.shape(s["value"]), s["fn"].support is dist.constraints.positive) for k, s in sampled.items()}
 
 
-def unpack(z: Float[Array, " dim"], shapes: Mapping[str, tuple[tuple[int, ...], bool]]) -> tuple[dict[str, Array], Array]:
+def unpack(
+    z: Float[Array, " dim"], shapes: Mapping[str, tuple[tuple[int, ...], bool]]
+) -> tuple[dict[str, Array], Array]:
     """Named constrained values of an unconstrained vector, and the log Jacobian of the map."""
     values, position, log_jacobian = {}, 0, jnp.zeros(())
     for name, (shape, positive) in shapes.items():

@@ -13,17 +13,31 @@ exponent of Mori et al. (ICML 2022) is the limit of large c at q = 1.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from escape_inference.passage_panels import PANELS, RULE, START, Grid, Nodes, StartNodes, Vector
-from escape_inference.passage_panels import along, amplify, at_end, back_amplify, build_grid
+from escape_inference.passage_panels import (
+    PANELS,
+    RULE,
+    START,
+    Grid,
+    Nodes,
+    StartNodes,
+    Vector,
+    along,
+    amplify,
+    at_end,
+    back_amplify,
+    build_grid,
+)
 
 LOOK_SHIFT = 0.5826
-KRYLOV = 4
+POWERS = 3
+STEPS = 3
+AGREEMENT = 0.05
 Slopes = tuple[Vector, Vector, Vector, Vector]
 
 
@@ -118,36 +132,143 @@ def _broadcast(law: Callable[[Vector, Vector, Vector, Vector], Vector], *argumen
     return law(T.ravel(), c.ravel() - 1, n.ravel(), q.ravel()).reshape(T.shape)
 
 
-class Weights(NamedTuple):
-    """Where the logarithm of a passage time comes from: normalised weights of the outer and the inner integral at the nodes."""
+class Function(NamedTuple):
+    """Values, densities or weights at the nodes of the panels and of the starting panel."""
 
-    outer: Nodes
-    inner: Nodes
-    start_outer: StartNodes
-    start_inner: StartNodes
-    start_power: Vector
+    nodes: Nodes
+    start: StartNodes
+
+    def times(self, factor: Array | float) -> "Function":
+        return Function(self.nodes * factor, self.start * factor)
+
+    def minus(self, other: "Function") -> "Function":
+        return Function(self.nodes - other.nodes, self.start - other.start)
+
+    def sum(self) -> Vector:
+        return jnp.sum(self.nodes, (0, 1)) + jnp.sum(self.start, 0)
+
+    def dot(self, other: "Function") -> Vector:
+        return Function(self.nodes * other.nodes, self.start * other.start).sum()
 
 
-def _slopes(
-    grid: Grid, weights: Weights, at_threshold: Vector, temperature: Vector, noise_exponent: Vector
-) -> Slopes:
-    """Derivatives of a log time in T, c, n, q: the outer integral carries ``e^Φ``, the inner one ``r e^{−Φ}``."""
-    T, q = temperature, noise_exponent
-    change, start_change = weights.outer - weights.inner, weights.start_outer - weights.start_inner
+class Generator(NamedTuple):
+    """``T G``, scaled by ``exp(log_scale)``, on a grid: ``G f = ∫ˢ d`` of the density d that f drives."""
 
-    def mean(nodes: Nodes, start: StartNodes) -> Vector:
-        return jnp.sum(change * nodes, (0, 1)) + jnp.sum(start_change * start, 0)
+    grid: Grid
+    entry: Vector
+    inverse: Array
+    flow: Array
+    size: Array
+    log_scale: Vector
 
-    height = mean(grid.potential, grid.start_potential)
-    twist = mean(
-        potential_slope(grid.log_x, grid.potential, q), potential_slope(grid.start_log_x, grid.start_potential, q)
+
+def _generator(grid: Grid) -> Generator:
+    log_in, log_end = grid.log_entering[:-1], grid.log_entering[-1:]
+    log_scale = jnp.max(jnp.concatenate([log_in - grid.fall, log_end]), axis=0)
+    inverse = jnp.exp(-log_in)
+    size = jnp.exp(log_in - grid.fall - log_scale)
+    return Generator(
+        grid, 1 / jnp.sum(grid.start_response, axis=0), inverse, grid.passed + grid.emitted * inverse, size, log_scale
     )
-    thinning = jnp.sum(weights.inner * grid.log_x, (0, 1)) + jnp.sum(weights.start_inner * grid.start_log_x, 0)
-    spread = jnp.sum(change * (grid.log_y - grid.first_edge), (0, 1))
-    return -1 / T - height / T**2, at_threshold, weights.start_power - spread / 2, twist / T - thinning
 
 
-def potential_slope(log_x: Array, potential: Array, noise_exponent: Array) -> Array:
+def _one(grid: Grid) -> Function:
+    return Function(jnp.ones_like(grid.source), jnp.ones_like(grid.start_source))
+
+
+class Driven(NamedTuple):
+    """What a source drives: the outer density (times quadrature weights), its start modes, and B at the threshold."""
+
+    density: Function
+    start_modes: StartNodes
+    at_threshold: Vector
+
+
+def _drive(generator: Generator, source: Function) -> Driven:
+    grid, inverse, flow, size = generator.grid, generator.inverse, generator.flow, generator.size
+    response = amplify(grid.gain_real, grid.gain_imag, along(RULE.to_modes, grid.source * source.nodes))
+    emitted = at_end(response)
+    start_modes = grid.start_gain * along(START.to_powers, grid.start_source * source.start)
+    ratio = generator.entry * jnp.sum(start_modes, axis=0)
+    ratios = []
+    for k in range(PANELS):
+        ratios.append(ratio)
+        ratio = (grid.passed[k] * ratio + emitted[k] * inverse[k]) / flow[k]
+    modes = grid.homogeneous * (size * jnp.stack(ratios)) + response * (size * inverse)
+    nodes = grid.volume * grid.kernel * along(RULE.from_modes, modes)
+    start_size = jnp.exp(grid.start_height - generator.log_scale)
+    start = grid.start_kernel * start_size * along(START.from_powers, start_modes)
+    return Driven(Function(nodes, start), start_modes, ratio * jnp.exp(grid.log_entering[-1] - generator.log_scale))
+
+
+class Traced(NamedTuple):
+    """Where weighted outer density comes from: weights of the source at the nodes, and of its start modes."""
+
+    weights: Function
+    start_modes: StartNodes
+
+
+def _trace(generator: Generator, weights: Function) -> Traced:
+    """The transpose of :func:`_drive`: what a unit of source at each node adds to the weighted density."""
+    grid, inverse, flow, size = generator.grid, generator.inverse, generator.flow, generator.size
+    modes = along(RULE.from_modes.T, grid.volume * grid.kernel * weights.nodes)
+    through = size * jnp.sum(grid.homogeneous * modes, axis=0)
+    worth = [jnp.zeros_like(generator.entry)]
+    for k in range(PANELS - 1, -1, -1):
+        worth.append(through[k] + worth[-1] * grid.passed[k] / flow[k])
+    ends = RULE.from_modes[-1][:, None, None] * (jnp.stack(worth[-2::-1]) * inverse / flow)
+    nodes = grid.source * along(RULE.to_modes.T, back_amplify(grid, modes * (size * inverse) + ends))
+    start_size = jnp.exp(grid.start_height - generator.log_scale)
+    start_modes = along(START.from_powers.T, grid.start_kernel * start_size * weights.start)
+    start_modes = start_modes + generator.entry * worth[-1]
+    start = grid.start_source * along(START.to_powers.T, grid.start_gain * start_modes)
+    return Traced(Function(nodes, start), start_modes)
+
+
+def _to_threshold(density: Function) -> Function:
+    """The integral of a density from each node to the threshold."""
+    later = jnp.cumsum(jnp.sum(density.nodes, axis=0)[::-1], axis=0)[::-1]
+    everything = later[0] + jnp.sum(density.start, axis=0)
+    return Function(
+        later - along(RULE.integrate / RULE.weights, density.nodes),
+        everything - along(START.integrate / START.weights, density.start),
+    )
+
+
+def _below(weights: Function) -> Function:
+    """The transpose of :func:`_to_threshold`: how much weight lies below each node."""
+    start = jnp.sum(weights.start, axis=0)
+    earlier = start + jnp.cumsum(jnp.sum(weights.nodes, axis=0), axis=0)
+    return Function(
+        earlier - along((RULE.integrate / RULE.weights).T, weights.nodes),
+        start - along((START.integrate / START.weights).T, weights.start),
+    )
+
+
+def _slopes(generator: Generator, source: Function, driven: Driven, weights: Function, T: Vector, q: Vector) -> Slopes:
+    """Derivatives in T, c, n, q of the logarithm of ``∫ w d``, with d the density driven by f, and f and w held fixed.
+
+    The outer integral carries ``e^Φ``, the inner one ``r e^{−Φ}``: each derivative is a difference of two means.
+    """
+    grid = generator.grid
+    traced = _trace(generator, weights)
+    total = driven.density.dot(weights)
+    outer = Function(driven.density.nodes * weights.nodes, driven.density.start * weights.start).times(1 / total)
+    inner = Function(traced.weights.nodes * source.nodes, traced.weights.start * source.start).times(1 / total)
+    change = outer.minus(inner)
+    height = change.dot(Function(grid.potential, grid.start_potential))
+    twist = change.dot(
+        Function(
+            _potential_slope(grid.log_x, grid.potential, q), _potential_slope(grid.start_log_x, grid.start_potential, q)
+        )
+    )
+    thinning = inner.dot(Function(grid.log_x, grid.start_log_x))
+    power = jnp.sum(change.nodes * (grid.log_y - grid.first_edge), (0, 1)) / 2
+    power = power + jnp.sum(grid.start_gain * driven.start_modes * traced.start_modes, axis=0) / total
+    return -1 / T - height / T**2, driven.at_threshold * weights.nodes[-1, -1] / total, -power, twist / T - thinning
+
+
+def _potential_slope(log_x: Array, potential: Array, noise_exponent: Array) -> Array:
     """``∂ΔU_q/∂q`` at a loss ratio whose logarithm and ΔU_q are given."""
     stretch = 1 - noise_exponent
     z = stretch * log_x
@@ -158,159 +279,94 @@ def potential_slope(log_x: Array, potential: Array, noise_exponent: Array) -> Ar
     return jnp.where(jnp.abs(z) < 0.15, -(log_x**2) * series, (potential - log_x * (1 + stretch * potential)) / gap)
 
 
-def _mean_time(
+def _mean_time(temperature: Vector, excess: Vector, dimension: Vector, noise_exponent: Vector) -> tuple[Vector, Slopes]:
+    """``log(τ h*)``, τ = (G1)(1), and its derivatives in T, c, n, q."""
+    T = temperature
+    generator = _generator(build_grid(temperature, excess, dimension, noise_exponent))
+    one = _one(generator.grid)
+    driven = _drive(generator, one)
+    log_time = jnp.log(driven.density.sum()) + generator.log_scale - jnp.log(T)
+    return log_time, _slopes(generator, one, driven, one, T, noise_exponent)
+
+
+def _leading_time(
     temperature: Vector, excess: Vector, dimension: Vector, noise_exponent: Vector
 ) -> tuple[Vector, Slopes]:
-    """``log(τ h*)`` and its derivatives in T, c, n, q."""
+    """``log(h*/λ₁)`` and its derivatives.
+
+    G is symmetric in ``∫ f g m``, and ``m G1`` is the time spent at each place by a path from the minimum, which gives the weights
+    m. A few powers of G applied to 1 and a few Lanczos steps give the leading eigenfunction f; the derivative of its eigenvalue
+    is that of the Rayleigh quotient with f held fixed.
+    """
     T = temperature
-    grid = build_grid(temperature, excess, dimension, noise_exponent)
-    fall, log_in = grid.fall, grid.log_entering
-    weighted = along(RULE.from_modes.T, grid.volume * grid.kernel)
-    inside = jnp.sum(grid.response * weighted, axis=0)
-    through = jnp.sum(grid.homogeneous * weighted, axis=0)
-    start_weighted = along(START.from_powers.T, grid.start_kernel)
-    log_start = jnp.log(jnp.sum(grid.start_response * start_weighted, axis=0)) + grid.start_height
-    log_panels = log_in[:-1] - fall + jnp.log(jnp.maximum(through + inside * jnp.exp(-log_in[:-1]), 1e-300))
-    log_total = jax.nn.logsumexp(jnp.concatenate([log_start[None], log_panels]), axis=0)
-
-    # the adjoint: what a unit of B leaving panel k adds to the total
-    log_worth = [jnp.full_like(T, -600.0)]
-    for k in range(PANELS - 1, -1, -1):
-        gain = jnp.maximum(grid.passed[k] + through[k] * jnp.exp(-log_worth[-1]), 1e-300)
-        log_worth.append(jnp.maximum(log_worth[-1] - fall[k] + jnp.log(gain), -600.0))
-    into, worth = log_in[:-1], jnp.stack(log_worth[-2::-1])
-    scale = jnp.exp(-fall - log_total)
-    modes = grid.response * scale + grid.homogeneous * jnp.exp(into - fall - log_total)
-    outer = grid.volume * grid.kernel * along(RULE.from_modes, modes)
-    adjoint = weighted * scale + RULE.from_modes[-1][:, None, None] * jnp.exp(worth - fall - log_total)
-    inner = grid.source * along(RULE.to_modes.T, back_amplify(grid, adjoint))
-    start_scale = jnp.exp(grid.start_height - log_total)
-    start_outer = grid.start_kernel * along(START.from_powers, grid.start_response * start_scale)
-    start_adjoint = start_weighted * start_scale + jnp.exp(log_worth[-1] + grid.start_height - log_total)
-    start_inner = grid.start_source * along(START.to_powers.T, grid.start_gain * start_adjoint)
-    start_power = -jnp.sum(grid.start_gain * grid.start_response * start_adjoint, axis=0)
-    weights = Weights(outer, inner, start_outer, start_inner, start_power)
-    slopes = _slopes(grid, weights, jnp.exp(log_in[-1] - log_total), T, noise_exponent)
-    return log_total - jnp.log(T), slopes
-
-
-class Function(NamedTuple):
-    """A function of the loss, at the nodes of the panels and of the starting panel."""
-
-    nodes: Nodes
-    start: StartNodes
-
-    def times(self, factor: Array | float) -> "Function":
-        return Function(self.nodes * factor, self.start * factor)
-
-    def plus(self, other: "Function") -> "Function":
-        return Function(self.nodes + other.nodes, self.start + other.start)
-
-
-def _total(weights: Function, *factors: Function) -> Vector:
-    """Sum over all nodes of the product."""
-    nodes, start = weights
-    for factor in factors:
-        nodes, start = nodes * factor.nodes, start * factor.start
-    return jnp.sum(nodes, (0, 1)) + jnp.sum(start, 0)
-
-
-class Killed(NamedTuple):
-    """The operator G on a grid, and the inner product ``∫ f g m`` (normalised to ∫ m = 1) in which it is symmetric."""
-
-    grid: Grid
-    mass: Function
-    start_share: Vector
-    inverse: Array
-    flow: Array
-    log_scale: Vector
-
-
-def _killed(grid: Grid, temperature: Vector) -> Killed:
-    log_in = grid.log_entering[:-1]
-    inverse = jnp.exp(-log_in)
-    flow = grid.passed + grid.emitted * inverse
-    ends = jnp.broadcast_to(RULE.from_modes[-1][:, None, None], grid.response.shape)
-    emission = grid.source * along(RULE.to_modes.T, back_amplify(grid, ends))
-    carried = [jnp.ones_like(temperature)]
-    for k in range(PANELS - 1, -1, -1):
-        carried.append(carried[-1] * grid.passed[k] / flow[k])
-    mass = emission * (inverse / flow * jnp.stack(carried[-2::-1]))
-    share = carried[-1] / jnp.sum(grid.start_response, axis=0)
-    start_mass = share * grid.start_source * along(START.to_powers.T, jnp.broadcast_to(grid.start_gain, grid.start_source.shape))
-    log_scale = jnp.max(jnp.concatenate([log_in - grid.fall, grid.log_entering[-1:]]), axis=0)
-    return Killed(grid, Function(mass, start_mass), share, inverse, flow, log_scale)
-
-
-def _start_modes(grid: Grid, function: StartNodes) -> StartNodes:
-    return grid.start_gain * along(START.to_powers, grid.start_source * function)
-
-
-def _apply(killed: Killed, function: Function) -> tuple[Function, Function]:
-    """``T G f``, scaled, and the outer density that it is the integral of, times the quadrature weights."""
-    grid = killed.grid
-    response = amplify(grid.gain_real, grid.gain_imag, along(RULE.to_modes, grid.source * function.nodes))
-    start_modes = _start_modes(grid, function.start)
-    ratio = jnp.sum(start_modes, axis=0) / jnp.sum(grid.start_response, axis=0)
-    emitted = at_end(response)
-    ratios = []
-    for k in range(PANELS):
-        ratios.append(ratio)
-        ratio = (grid.passed[k] * ratio + emitted[k] * killed.inverse[k]) / killed.flow[k]
-    size = jnp.exp(grid.log_entering[:-1] - grid.fall - killed.log_scale)
-    modes = grid.homogeneous * (size * jnp.stack(ratios)) + response * (size * killed.inverse)
-    density = Function(
-        grid.volume * grid.kernel * along(RULE.from_modes, modes),
-        grid.start_kernel * along(START.from_powers, start_modes) * jnp.exp(grid.start_height - killed.log_scale),
-    )
-    return _to_threshold(density), density
-
-
-def _to_threshold(density: Function) -> Function:
-    """The integral of a density from each node to the threshold."""
-    later = jnp.cumsum(jnp.sum(density.nodes, axis=0)[::-1], axis=0)[::-1]
-    all_of_it = later[0] + jnp.sum(density.start, axis=0)
-    return Function(
-        later - along(RULE.integrate / RULE.weights, density.nodes),
-        all_of_it - along(START.integrate / START.weights, density.start),
-    )
-
-
-def _from_minimum(mass: Function) -> Function:
-    """The transpose of :func:`_to_threshold`: how much mass lies below each node."""
-    start = jnp.sum(mass.start, axis=0)
-    earlier = start + jnp.cumsum(jnp.sum(mass.nodes, axis=0), axis=0)
-    return Function(
-        earlier - along((RULE.integrate / RULE.weights).T, mass.nodes),
-        start - along((START.integrate / START.weights).T, mass.start),
-    )
-
-
-def _leading_eigenvector(killed: Killed) -> tuple[Function, Function, Function]:
-    """The leading eigenfunction f of G (a Ritz vector of a few Lanczos steps from G1), ``T G f``, and its outer density."""
-    grid, mass = killed.grid, killed.mass
-    vector = _apply(killed, Function(jnp.ones_like(grid.source), jnp.ones_like(grid.start_source)))[0]
-    vector = vector.times(1 / jnp.sqrt(_total(mass, vector, vector)))
-    vectors, images, densities, diagonal, coupling = [], [], [], [], []
-    for k in range(KRYLOV):
-        image, density = _apply(killed, vector)
+    generator = _generator(build_grid(temperature, excess, dimension, noise_exponent))
+    mass = _speed_weights(generator)
+    power = one = _one(generator.grid)
+    for _ in range(POWERS):
+        driven = _drive(generator, power)
+        power = _to_threshold(driven.density).times(1 / driven.density.sum())
+    vectors, drives, diagonal, coupling = [], [], [], []
+    vector = power.times(1 / _norm(mass, power, 1e-3))
+    for step in range(STEPS):
+        driven = _drive(generator, vector)
+        image = _to_threshold(driven.density)
         vectors.append(vector)
-        images.append(image)
-        densities.append(density)
-        diagonal.append(_total(mass, vector, image))
-        if k + 1 < KRYLOV:
-            rest = image
+        drives.append(driven)
+        diagonal.append(_product(mass, vector, image))
+        if step + 1 < STEPS:
             for known in vectors:
-                rest = rest.plus(known.times(-_total(mass, known, rest)))
-            coupling.append(jnp.sqrt(_total(mass, rest, rest) + 1e-24 * diagonal[0] ** 2))
-            vector = rest.times(1 / coupling[-1])
-    f, image, density = vectors[0], images[0], densities[0]
-    weight = jnp.ones_like(diagonal[0])
+                image = image.minus(known.times(_product(mass, known, image)))
+            coupling.append(_norm(mass, image, 1e-12 * diagonal[0]))
+            vector = image.times(1 / coupling[-1])
+    f, driven, weight = vectors[0], drives[0], jnp.ones_like(T)
     for k, ratio in enumerate(_leading_ratios(diagonal, coupling), start=1):
         weight = weight * ratio
-        f, image = f.plus(vectors[k].times(weight)), image.plus(images[k].times(weight))
-        density = density.plus(densities[k].times(weight))
-    return f, image, density
+        f = f.minus(vectors[k].times(-weight))
+        driven = Driven(
+            driven.density.minus(drives[k].density.times(-weight)),
+            driven.start_modes + weight * drives[k].start_modes,
+            driven.at_threshold + weight * drives[k].at_threshold,
+        )
+    # far from any metastable well the weights m can lose all accuracy: the time spent at each place by a path from the
+    # minimum then takes the place of m f, and the last power the place of f
+    left = Function(mass.nodes * f.nodes, mass.start * f.start)
+    spent = _trace(generator, one).weights
+    quotient = driven.density.dot(_below(left)) / f.dot(left)
+    control = driven.density.dot(_below(spent)) / f.dot(spent)
+    sound = (quotient > 0) & (jnp.abs(quotient - control) < AGREEMENT * quotient)
+    left = _either(sound, left, spent)
+    f, driven = _either(sound, (f, driven), (vectors[0], drives[0]))
+    below = _below(left)
+    log_time = jnp.log(driven.density.dot(below) / f.dot(left)) + generator.log_scale - jnp.log(T)
+    return log_time, _slopes(generator, f, driven, below, T, noise_exponent)
+
+
+Tree = TypeVar("Tree")
+
+
+def _either(condition: Array, first: Tree, second: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
+
+
+def _speed_weights(generator: Generator) -> Function:
+    """Weights of ``∫ f m``, normalised: what a source adds to B at the threshold."""
+    grid, inverse, flow = generator.grid, generator.inverse, generator.flow
+    ends = jnp.broadcast_to(RULE.from_modes[-1][:, None, None], grid.response.shape)
+    emission = grid.source * along(RULE.to_modes.T, back_amplify(grid, ends))
+    carried = [jnp.ones_like(generator.entry)]
+    for k in range(PANELS - 1, -1, -1):
+        carried.append(carried[-1] * grid.passed[k] / flow[k])
+    nodes = emission * (inverse / flow * jnp.stack(carried[-2::-1]))
+    gains = jnp.broadcast_to(grid.start_gain, grid.start_source.shape)
+    return Function(nodes, carried[-1] * generator.entry * grid.start_source * along(START.to_powers.T, gains))
+
+
+def _product(mass: Function, first: Function, second: Function) -> Vector:
+    return Function(mass.nodes * first.nodes, mass.start * first.start).dot(second)
+
+
+def _norm(mass: Function, function: Function, least: Array | float) -> Vector:
+    return jnp.sqrt(jnp.maximum(_product(mass, function, function), 0.0) + least**2)
 
 
 def _leading_ratios(diagonal: list[Vector], coupling: list[Vector]) -> list[Vector]:
@@ -332,40 +388,6 @@ def _leading_ratios(diagonal: list[Vector], coupling: list[Vector]) -> list[Vect
             norm = norm + weight
         value = value - (value - diagonal[0] - coupling[0] * ratios[0]) / norm
     return ratios
-
-
-def _leading_time(
-    temperature: Vector, excess: Vector, dimension: Vector, noise_exponent: Vector
-) -> tuple[Vector, Slopes]:
-    """``log(h*/λ₁)`` and its derivatives: those of the Rayleigh quotient ``<f, Gf>/<f, f>`` with f held fixed."""
-    T = temperature
-    grid = build_grid(temperature, excess, dimension, noise_exponent)
-    killed = _killed(grid, T)
-    mass = killed.mass
-    f, image, density = _leading_eigenvector(killed)
-    square, quotient = _total(mass, f, f), _total(mass, f, image)
-    driven = image.times(2 / quotient).plus(f.times(-1 / square))
-    below = _from_minimum(Function(mass.nodes * f.nodes, mass.start * f.start))
-
-    # the power of y in the starting panel acts on the inner integrals through the gains of the monomials
-    def faded(function: StartNodes) -> Vector:
-        return -killed.start_share * jnp.sum(grid.start_gain * _start_modes(grid, function), axis=0)
-
-    modes = -grid.start_gain * _start_modes(grid, f.start)
-    growth = grid.start_kernel * jnp.exp(grid.start_height - killed.log_scale)
-    start_power = faded(f.start * (image.start / quotient - f.start / square))
-    start_power += jnp.sum(growth * along(START.from_powers, modes) * below.start, axis=0) / quotient
-    start_power += faded(f.start) * jnp.sum(density.nodes, (0, 1)) / quotient
-    weights = Weights(
-        density.nodes * below.nodes / quotient,
-        mass.nodes * f.nodes * driven.nodes,
-        density.start * below.start / quotient,
-        mass.start * f.start * driven.start,
-        start_power,
-    )
-    at_threshold = _total(mass, f) ** 2 * jnp.exp(grid.log_entering[-1] - killed.log_scale) / quotient
-    log_time = jnp.log(quotient / square) + killed.log_scale - jnp.log(T)
-    return log_time, _slopes(grid, weights, at_threshold, T, noise_exponent)
 
 
 def _rate(evaluate: Callable[..., tuple[Vector, Slopes]]) -> Callable[[Vector, Vector, Vector, Vector], Vector]:

@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 DESCRIPTIONS = {
     "temperature": ("1 (log loss)", "temperature at the minimum; for the power law T = α η h*/B (Mori et al. 2022)"),
     "log_barrier": ("1 (log loss)", "ΔU = log(L^s/L*) (Mori et al. 2022)"),
-    "log_rate": ("log(1/time)", "natural log of the law's escape rate κ per unit time t = η k; hazard per iteration is η κ"),
+    "log_rate": (
+        "log(1/time)",
+        "natural log of the law's escape rate κ per unit time t = η k; hazard per iteration is η κ",
+    ),
     "log_rate_residual": ("log(1/time)", "δ, log rate of the condition minus the law's"),
     "waiting_shape": ("1", "Gamma shape of the waiting time; 1 for memoryless conditions"),
-    "discrepancy": ("log(1/time)", "σ, sd of δ between conditions; exp(σ) is the typical factor by which the law misses"),
+    "discrepancy": (
+        "log(1/time)",
+        "σ, sd of δ between conditions; exp(σ) is the typical factor by which the law misses",
+    ),
     "log_prefactor": ("1", "natural log of the factor on the law's prefactor; 0 in theory"),
     "effective_dimension": ("1", "n, number of outlier eigenvalues of the Hessian at the minimum"),
     "loss_minimum": ("loss", "L*"),
@@ -51,7 +57,7 @@ def to_tree(
     """Assemble the data tree of a fit (arrays ``[chain, draw, ...]``)."""
     frame, law = prepared.conditions.frame, fit.problem.law
     conditions, minima = list(frame["condition"]), list(prepared.conditions.minima)
-    keep = lambda sites: {k: v for k, v in sites.items() if not k.endswith("_base")}  # noqa: E731
+    keep = lambda sites: {k: v for k, v in sites.items() if not k.endswith("_base")}
     posterior = keep(fit.sites) | {"log_rate_residual": residual, "waiting_shape": waiting_shape}
     per_minimum = {
         name: ["minimum"]
@@ -60,10 +66,19 @@ def to_tree(
     }
     constant = {
         name: frame[name].to_numpy(float)
-        for name in ("learning_rate", "batch_size", "check_interval", "loss_barrier", "hessian_saddle", "runs", "exposure")
+        for name in (
+            "learning_rate",
+            "batch_size",
+            "check_interval",
+            "loss_barrier",
+            "hessian_saddle",
+            "runs",
+            "exposure",
+        )
     }
     constant |= {
-        f"measured_{name}": frame[name].to_numpy(float) for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
+        f"measured_{name}": frame[name].to_numpy(float)
+        for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
     }
     draws = fit.draws
     tree = arviz_base.from_dict(

@@ -45,7 +45,12 @@ def write_report(folder: str | Path) -> Path:
         _escape_check(report),
     ]
     if trees:
-        parts += ["<h2>Laws, best first</h2>", _laws(report), "<h2>Measured rates against each law</h2>", _image(rates_figure(trees))]
+        parts += [
+            "<h2>Laws, best first</h2>",
+            _laws(report),
+            "<h2>Measured rates against each law</h2>",
+            _image(rates_figure(trees)),
+        ]
         parts += ["<h2>Parameters</h2>", *(_parameters(name, law) for name, law in report["laws"].items())]
         parts += [_image(parameters_figure(trees, report))]
     parts += [f"<h2>Data and settings</h2>{_pairs(report['data'] | report['settings'])}"]
@@ -135,13 +140,23 @@ def _show(value: Any) -> str:
 
 def _rows(header: list[str], rows: list[list[Any]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    return f"<table><tr>{head}</tr>" + "".join(
-        "<tr>" + "".join(f"<td>{_show(v)}</td>" for v in row) + "</tr>" for row in rows
-    ) + "</table>"
+    return (
+        f"<table><tr>{head}</tr>"
+        + "".join("<tr>" + "".join(f"<td>{_show(v)}</td>" for v in row) + "</tr>" for row in rows)
+        + "</table>"
+    )
 
 
 def _laws(report: dict[str, Any]) -> str:
-    names = ["elpd", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "log_evidence_se", "posterior_probability"]
+    names = [
+        "elpd",
+        "elpd_diff",
+        "elpd_diff_se",
+        "stacking_weight",
+        "log_evidence",
+        "log_evidence_se",
+        "posterior_probability",
+    ]
     names += ["rhat_max", "ess_min", "divergences", "pareto_k_max", "trustworthy"]
     return _rows(
         ["law", *names, "discrepancy (factor)"],

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 from numpyro.infer.hmc import HMCState, hmc
 
 from escape_inference.law import Law
-from escape_inference.model import Inputs, evaluate
 from escape_inference.likelihood import Observations
+from escape_inference.model import Inputs, evaluate
 
 Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
 
@@ -19,6 +19,7 @@ class Draws(NamedTuple):
     """Posterior draws in unconstrained space and the sampler's own statistics, ``[chain, draw]``."""
 
     z: Float[Array, "chain draw dim"]
+    potential: Array
     diverging: Array
     energy: Array
     tree_depth: Array
@@ -26,10 +27,16 @@ class Draws(NamedTuple):
     step_size: Array
 
 
-@partial(jax.jit, static_argnames=("law", "shapes", "warmup", "draws"))
+# the lower optimisation level halves the time of compilation and does not slow the sampler
+@partial(
+    jax.jit,
+    static_argnames=("law", "shapes", "warmup", "draws"),
+    compiler_options={"xla_backend_optimization_level": 1},
+)
 def sample(
     keys: Array,
     start: Float[Array, "chain dim"],
+    covariance: Float[Array, "dim dim"],
     inputs: Inputs,
     observed: Observations,
     width: Float[Array, ""],
@@ -41,7 +48,7 @@ def sample(
 ) -> Draws:
     """Run one NUTS chain for each key; other values of ``observed`` (its weights, too) and ``width`` compile nothing new.
 
-    The mass matrix is dense, so that combinations of parameters that the data fix are as easy as single ones.
+    The mass matrix is dense and starts at ``covariance``, so that combinations of parameters that the data fix are as easy as single ones.
     """
 
     def chain(key: Array, z: Array) -> tuple[Array, ...]:
@@ -52,13 +59,20 @@ def sample(
 
         initialise, step = hmc(potential, algo="NUTS")
         state = initialise(
-            z, num_warmup=warmup, dense_mass=True, target_accept_prob=0.9, max_tree_depth=8, rng_key=key
+            z,
+            num_warmup=warmup,
+            inverse_mass_matrix=covariance,
+            dense_mass=True,
+            target_accept_prob=0.9,
+            max_tree_depth=8,
+            rng_key=key,
         )
 
         def record(state: HMCState, _: None) -> tuple[HMCState, tuple[Array, ...]]:
             state = step(state)
             return state, (
                 state.z,
+                state.potential_energy,
                 state.diverging,
                 state.energy,
                 state.num_steps,
@@ -70,5 +84,5 @@ def sample(
         _, output = jax.lax.scan(record, state, None, length=draws)
         return output
 
-    z, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
-    return Draws(z, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)
+    z, potential, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
+    return Draws(z, potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)

@@ -78,7 +78,10 @@ def _row(
 
 def _measured_dimension(fit: "Fit") -> dict[str, Any]:
     """Mean over the minima of n, which the data carry; its prior is the measurement with its error."""
-    measured, known = fit.problem.inputs.measured["effective_dimension"], np.asarray(fit.problem.inputs.dimension_measured)
+    measured, known = (
+        fit.problem.inputs.measured["effective_dimension"],
+        np.asarray(fit.problem.inputs.dimension_measured),
+    )
     values = fit.sites["effective_dimension"][..., known].mean(axis=-1)
     center, spread = np.exp(np.asarray(measured.center))[known], np.asarray(measured.spread)[known]
     prior_sd = float(np.sqrt(np.sum((center * spread) ** 2)) / len(center))

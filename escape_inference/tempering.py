@@ -40,6 +40,15 @@ class _Plan(NamedTuple):
     factor: Array
 
 
+class Outcome(NamedTuple):
+    """Of each run: log evidence, the relative variance that its chains imply, its last particles and their weights."""
+
+    log_evidence: Float[Array, " replicate"]
+    variance: Float[Array, " replicate"]
+    particles: Float[Array, "replicate particle dim"]
+    weights: Float[Array, "replicate particle"]
+
+
 @partial(
     jax.jit,
     static_argnames=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
@@ -55,8 +64,8 @@ def tempered_log_evidences(
     moves: int,
     replicates: int,
     steps: int,
-) -> tuple[Float[Array, " replicate"], Float[Array, " replicate"]]:
-    """Log evidence of each run after the pilot, and the relative variance that its chains imply."""
+) -> Outcome:
+    """Tempered runs from the prior to the posterior; the pilot's own outcome is left out."""
 
     def particle(z: Array) -> _Particle:
         likelihood = call(log_likelihood, z, data)
@@ -99,7 +108,7 @@ def tempered_log_evidences(
 
         return state.tempering_param + dichotomy(excess, zero, 1 - state.tempering_param)
 
-    def run(plan: _Plan, number: Array) -> tuple[_Plan, tuple[Array, Array]]:
+    def run(plan: _Plan, number: Array) -> tuple[_Plan, tuple[Array, ...]]:
         """One run. Run 0 is the pilot: it makes the plan of temperatures and proposals that the others follow."""
         key_prior, key_steps = jax.random.split(jax.random.fold_in(key, number))
         prior_draws = jax.vmap(lambda k: call(sample_prior, k, data))(jax.random.split(key_prior, particles))
@@ -123,10 +132,10 @@ def tempered_log_evidences(
 
         start = (state, zero, zero, plan, jnp.asarray(0))
         state, log_z, variance, plan, _ = jax.lax.while_loop(unfinished, temper, start)
-        return plan, (jnp.where(state.tempering_param < 1, jnp.nan, log_z), variance)
+        return plan, (jnp.where(state.tempering_param < 1, jnp.nan, log_z), variance, state.particles.z, state.weights)
 
     zero = jnp.zeros((), target.dtype)
     dim = jax.eval_shape(lambda: call(sample_prior, key, data)).shape[-1]
     empty = _Plan(*(jnp.zeros((steps, *shape), target.dtype) for shape in ((), (dim,), (dim, dim))))
-    _, (log_z, variance) = jax.lax.scan(run, empty, jnp.arange(replicates + 1))
-    return log_z[1:], variance[1:]
+    _, outcome = jax.lax.scan(run, empty, jnp.arange(replicates + 1))
+    return Outcome(*(x[1:] for x in outcome))

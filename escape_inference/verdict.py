@@ -92,12 +92,18 @@ def decide(
         return Verdict("not_escape", check.sentence)
     fit = [c for c in candidates if c.trustworthy]
     if not fit:
-        return Verdict("inconclusive", "no fit is trustworthy: " + "; ".join(f"{c.name}: {c.reason}" for c in candidates))
+        return Verdict(
+            "inconclusive", "no fit is trustworthy: " + "; ".join(f"{c.name}: {c.reason}" for c in candidates)
+        )
     if len(candidates) == 1:
-        return Verdict("inconclusive", f"only {fit[0].name} applies to these data, so there is nothing to compare it with")
+        return Verdict(
+            "inconclusive", f"only {fit[0].name} applies to these data, so there is nothing to compare it with"
+        )
     failures = {}
     for law in fit:
-        failures[law.name] = next((text for rival in fit if rival is not law and (text := _against(law, rival, pairs, conditions))), "")
+        failures[law.name] = next(
+            (text for rival in fit if rival is not law and (text := _against(law, rival, pairs, conditions))), ""
+        )
     winners = [law for law in fit if not failures[law.name]]
     doubtful = [c for c in candidates if not c.trustworthy]
     if winners and doubtful:

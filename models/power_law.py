@@ -50,4 +50,3 @@ LAW = Law(
     temperature=temperature,
     log_rate=log_rate,
 )
-

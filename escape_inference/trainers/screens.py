@@ -21,16 +21,15 @@ SAFETY = 2.75
 """A screen lets a loss pass only if its estimate is this many standard deviations below the barrier."""
 CLOSE = 0.75
 """Width, in standard deviations, of the band below a threshold in which extra looks are frequent."""
-SIZES = (32, 128, 512, 2048, 8192)
-"""Sizes of screens to choose from; every pair of them is compiled anew, so they are few."""
+FIRST_SIZES, SECOND_SIZES = (128, 512), (512, 2048)
+"""Sizes of the screens to choose from: few, as every pair is compiled anew, and not so small that the samples of which a
+large loss is made are often left out."""
 FIXED_COST = 24
 """Cost of evaluating any subsample, in samples (measured for a network of 10^5 weights)."""
 FEWEST = 1024
 """With fewer samples than this the full loss is cheap and every look is exact."""
-GATE_SAFETY = 0.7
+GATE_SAFETY = 0.85
 """The gate asks from this fraction of its lowest value seen near the barrier."""
-GATE_OPEN = 0.6
-"""Share of the iterations at which the gate asks, for the cost."""
 SMALLEST_SPREAD = 1e-3
 STRETCHES = (1.1, 30.0)
 FEWEST_SNAPSHOTS = 16
@@ -40,7 +39,7 @@ NEAR = 0.25
 """Looks within this fraction of the log barrier below it, or within a whole one above, tell of a screen's errors."""
 LARGEST_WEIGHT = 8.0
 """Largest weight of a look that was made by chance, lest one of them decides the thresholds."""
-MEMORY, ENOUGH, ENOUGH_FOR_GATE = 512, 30, 40
+MEMORY, ENOUGH, ENOUGH_FOR_GATE = 512, 30, 25
 """Looks remembered for the thresholds; how many replace the pilot's; iterations near the barrier that shut the gate."""
 PILOT_SLOT = 0x70696C6F
 
@@ -134,7 +133,7 @@ def _compiled_pilot(recipe: Recipe) -> Callable:
 
 
 def pilot_losses(
-    recipe: Recipe, params: PyTree, key: PRNGKeyArray, world: World, snapshots: int = 32, interval: int = 16
+    recipe: Recipe, params: PyTree, key: PRNGKeyArray, world: World, snapshots: int = 24, interval: int = 16
 ) -> tuple[Float[np.ndarray, "s n"], Float[np.ndarray, "t n"]]:
     """Losses of every sample along a run that is put back to the minimum whenever it is found above the barrier.
 
@@ -207,7 +206,7 @@ def choose_screens(
         at_barrier: the same at states near the barrier.
         barrier: loss of escape.
         seed: of the draw of the subsamples.
-        gated: a gate stands before the first screen, which is then computed at a part of the iterations only.
+        gated: a gate stands before the first screen.
     """
     samples = losses.shape[1]
     if min(len(losses), len(at_barrier)) < FEWEST_SNAPSHOTS:
@@ -217,7 +216,7 @@ def choose_screens(
     climb = np.linspace(np.median(log_full), np.log(barrier), 20)
     rng = np.random.default_rng(seed)
     drawn = {}
-    for size in (size for size in SIZES if size <= samples // 2):
+    for size in sorted({size for size in FIRST_SIZES + SECOND_SIZES if size <= samples // 2}):
         indices, weights = subsample(typical, size, rng)
         error = np.log(full) - np.log(at_barrier[:, indices] @ weights)
         drawn[size] = indices, weights * np.exp(error.mean()), max(float(np.std(error)), SMALLEST_SPREAD)
@@ -229,15 +228,12 @@ def choose_screens(
         near = np.concatenate([(1 - CLIMBING) * met / len(met), CLIMBING * climbing / len(climb)])
         candidates[size] = indices, weights, spread, near, np.concatenate([met, climbing])
     best, choice = 0.5 * samples, None
-    for first, (*_, near_first, _) in candidates.items():
-        for second in (size for size in candidates if size > first):
+    for first in sorted(candidates.keys() & set(FIRST_SIZES)):
+        near_first = candidates[first][3]
+        for second in sorted(size for size in candidates.keys() & set(SECOND_SIZES) if size > first):
             ask_second = FAR_LOOKS[1] + near_first.sum()
             ask_full = FAR_LOOKS[1] * FAR_LOOKS[2] + (near_first * candidates[second][4]).sum()
-            cost = (
-                (GATE_OPEN if gated else 1.0) * (first + FIXED_COST)
-                + ask_second * (second + FIXED_COST)
-                + ask_full * samples
-            )
+            cost = first + FIXED_COST + ask_second * (second + FIXED_COST) + ask_full * samples
             if cost < best:
                 best, choice = cost, (first, second)
     if choice is None:
