@@ -201,7 +201,7 @@ def _reweighted(evidence: Evidence, log_weight: np.ndarray) -> Evidence:
 
 def _log_likelihood(problem: Problem, run: Draws) -> np.ndarray:
     flat = jnp.asarray(run.z.reshape(-1, run.z.shape[-1]))
-    value = evaluate_points(flat, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes)
+    value = evaluate_points(flat, problem.fast, problem.observed, law=problem.law, shapes=problem.shapes)
     return np.asarray(value.log_likelihood).reshape(*run.z.shape[:2], -1)
 
 

@@ -11,6 +11,8 @@ from arviz_stats.base import array_stats
 from jaxtyping import Float
 from scipy.special import logsumexp
 
+NEARLY_EQUAL = 0.1
+
 
 @dataclass(frozen=True)
 class LeaveOneOut:
@@ -58,13 +60,14 @@ def leave_one_out(
     prior = np.zeros(len(flat)) if log_weight is None else log_weight
     pointwise, shapes = [], []
     for values in flat.T:
-        if np.ptp(prior - values) < 1e-12:
-            pointwise.append(float(values.mean()))
-            shapes.append(float("-inf"))
-            continue
-        weights, k = array_stats.psislw(prior - values)
-        pointwise.append(float(logsumexp(weights + values)))
-        shapes.append(float(k))
+        raw = prior - values
+        if np.ptp(raw) < NEARLY_EQUAL:  # nothing to smooth: every weight is within a few per cent of the others
+            weights, k = raw - logsumexp(raw), float("-inf")
+        else:
+            weights, k = array_stats.psislw(raw)
+        score = float(logsumexp(weights + values))
+        pointwise.append(score)
+        shapes.append(float(k) if np.isfinite(score) else float("inf"))
     return LeaveOneOut(np.array(pointwise), np.array(shapes), np.zeros(flat.shape[1], bool))
 
 

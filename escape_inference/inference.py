@@ -16,7 +16,7 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import Problem, evaluate_points, explore
+from escape_inference.exploration import Problem, density_error, evaluate_points, explore, with_surrogate
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import build_inputs, build_observations, sample_prior, site_shapes, sort_conditions
@@ -27,7 +27,8 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-SURROGATE_TOLERANCE = 0.05
+SURROGATE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from the fast form of a law
+CHECKED_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,15 @@ def summarise(problem: Problem, draws: Draws) -> tuple[Fit, float]:
     """Diagnostics and exact values of a finished run, and the largest error of the log density that was sampled."""
     convergence = check_convergence(draws.z, draws.diverging, draws.energy)
     shape = draws.z.shape[:2]
+    flat = draws.z.reshape(-1, draws.z.shape[-1])
+    error = density_error(problem, flat[:: max(1, len(flat) // CHECKED_DRAWS)])
     value = evaluate_points(
-        jnp.asarray(draws.z.reshape(-1, draws.z.shape[-1])),
-        problem.inputs,
+        jnp.asarray(flat),
+        problem.inputs if error > SURROGATE_TOLERANCE else problem.fast,
         problem.observed,
         law=problem.law,
         shapes=problem.shapes,
     )
-    exact = np.asarray(value.log_prior + value.log_likelihood.sum(axis=1))
-    error = float(np.max(np.abs(exact + draws.potential.ravel())))
     unflat = lambda x: np.asarray(x).reshape(*shape, *x.shape[1:])
     sites = {k: unflat(v) for k, v in value.sites.items()}
     return Fit(problem, draws, convergence, unflat(value.log_likelihood), sites), error
@@ -183,9 +184,13 @@ def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     problem = fit.problem
     key = jax.random.fold_in(jax.random.key(seed), 3)
     chains, draws = fit.draws.z.shape[:2]
-    prior_z = sample_prior(jax.random.fold_in(key, 0), problem.law, problem.inputs, problem.observed, 1000)
+    prior_z = sample_prior(jax.random.key(seed), problem.law, problem.inputs, problem.observed, 1000)
     prior_sites = evaluate_points(
-        prior_z, problem.inputs, problem.observed, law=problem.law, shapes=problem.shapes
+        prior_z,
+        with_surrogate(problem, np.asarray(prior_z), wide=True),
+        problem.observed,
+        law=problem.law,
+        shapes=problem.shapes,
     ).sites
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
     keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)

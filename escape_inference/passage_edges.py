@@ -34,7 +34,7 @@ def fast_expm1(z: Array) -> Array:
 
     >>> from escape_inference.precision import float64
     >>> float(float64(fast_expm1)(1e-9)), float(float64(fast_expm1)(1.0))
-    (1.0000000005e-09, 1.718281828459...)
+    (1.00000000050000...e-09, 1.718281828459...)
     """
     half = jnp.tanh(jnp.asarray(z, float) / 2)
     return 2 * half / (1 - half)

@@ -23,6 +23,7 @@ from escape_inference.passage_edges import Vector, fast_expm1, panel_edges, safe
 PANELS = 12
 NODES = 8
 START_NODES = 12
+LEAST_FLOW = 1e-12
 
 Nodes = Float[Array, "node panel condition"]
 StartNodes = Float[Array, "node condition"]
@@ -171,9 +172,10 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
     """
     T, n, q = temperature, dimension, noise_exponent
     stretch = safe_stretch(q)
-    fixed = [jax.lax.stop_gradient(x) for x in (T, excess, n, q)]
-    first = start_length(*fixed)
-    edges = panel_edges(*fixed, PANELS)
+    # the panels stay where they are when the arguments change; only their end is the threshold
+    held = jax.lax.stop_gradient((T, excess, n, q))
+    first = start_length(*held)
+    edges = jnp.concatenate([panel_edges(*held, panels=PANELS)[:-1], jnp.log(excess)[None]])
 
     # the starting panel, in y
     y = first * START.nodes[:, None]
@@ -224,7 +226,7 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
     log_entering = [log_start]
     for k in range(PANELS):
         out = passed[k] + emitted[k] * jnp.exp(-log_entering[-1])
-        log_entering.append(log_entering[-1] - fall[k] + jnp.log(jnp.maximum(out, 1e-300)))
+        log_entering.append(log_entering[-1] - fall[k] + jnp.log(jnp.maximum(out, LEAST_FLOW)))
     return Grid(
         log_y, log_x, potential, volume, source, kernel, gain_real, gain_imag, response, homogeneous, fall, passed, emitted,
         jnp.stack(log_entering), start_log_x, start_potential, start_source, start_kernel, start_gain, start_response,

@@ -1,9 +1,9 @@
 """A law's log rates as Chebyshev polynomials of its parameters, over the region where the posterior is.
 
-The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler. Over the region
-that the posterior occupies (found beforehand by tempered sequential Monte Carlo with the exact law) the log rate of every
-condition is a smooth function of the law's one to three parameters, so a small tensor product of Chebyshev polynomials
-reproduces it to many digits. Whoever samples with it checks the draws against the exact law afterwards.
+The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler. But the log rate of
+every condition is a smooth function of the law's one to three parameters, so a tensor product of Chebyshev polynomials
+reproduces it: roughly over the prior, where tempered Monte Carlo looks for the posterior, and to many digits over the region
+that the posterior occupies. Whoever samples with it checks draws against the exact law afterwards.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-DEGREES = {1: 24, 2: 14, 3: 9}
-BOX_SDS = 8.0
+NEAR_NODES = {1: 20, 2: 14, 3: 9}  #: nodes a parameter over the posterior, by the number of parameters
+WIDE_NODES = {1: 48, 2: 28, 3: 14}  #: the same over the prior
+NEAR_SDS, WIDE_SDS = 8.0, 3.5
 
 
 @jax.tree_util.register_dataclass
@@ -45,21 +46,19 @@ def _polynomials(x: Array, count: int) -> Float[Array, " count"]:
     return jnp.stack(values[:count])
 
 
-def chebyshev_points(dimension: int) -> Float[np.ndarray, "point dimension"]:
+def chebyshev_points(dimension: int, count: int) -> Float[np.ndarray, "point dimension"]:
     """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest."""
-    count = DEGREES[dimension]
     nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     return np.stack(np.meshgrid(*[nodes] * dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
 
 
-def chebyshev_coefficients(values: Float[np.ndarray, "point condition"], dimension: int) -> np.ndarray:
+def chebyshev_coefficients(values: Float[np.ndarray, "point condition"], dimension: int, count: int) -> np.ndarray:
     """Coefficients ``[condition, node, ...]`` from values at :func:`chebyshev_points`.
 
-    >>> points = chebyshev_points(1)
-    >>> np.round(chebyshev_coefficients(2 * points**2 - 1, 1)[0, :4], 12) + 0.0
+    >>> points = chebyshev_points(1, 8)
+    >>> np.round(chebyshev_coefficients(2 * points**2 - 1, 1, 8)[0, :4], 12) + 0.0
     array([0., 0., 1., 0.])
     """
-    count = DEGREES[dimension]
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2

@@ -11,8 +11,9 @@ from escape_inference.trainers.rounds import Round
 def round_of(values: np.ndarray, escapes: int = 0, end: int = 0) -> Round:
     """A round in which each replica (row) took these log losses."""
     count = np.full(len(values), values.shape[1])
-    zero = np.zeros(len(values))
-    tally = Tally(zero, zero, zero, zero, count, values.sum(1), (values**2).sum(1))
+    tally = Tally.zero((len(values),))._replace(
+        estimates=count, log_loss=values.sum(1), log_loss_square=(values**2).sum(1)
+    )
     return Round([(end, slot % len(values)) for slot in range(escapes)], tally, np.empty((0, 7)))
 
 

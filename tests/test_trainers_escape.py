@@ -13,7 +13,8 @@ import pytest
 
 from escape_inference.errors import InputError
 from escape_inference.trainers import EscapeRecord, Minimum, UnstableMinimum, engines, measure_escape
-from escape_inference.trainers.screens import choose_screens, subsample
+from escape_inference.trainers.looks import Gate, Limits
+from escape_inference.trainers.screens import Screens, choose_screens, subsample
 
 CURVATURE, LOSS_MINIMUM, STRETCH = 2.0, 0.3, 10.0
 
@@ -221,12 +222,14 @@ def network() -> tuple[Callable, dict, np.ndarray, np.ndarray]:
     return (lambda params, x: x @ params["weight"]), {"weight": solution}, inputs, targets
 
 
-def measure_network(monkeypatch: pytest.MonkeyPatch, few_parameters: int, **changes: object) -> EscapeRecord:
+def measure_network(
+    monkeypatch: pytest.MonkeyPatch, few_parameters: int, ratio: float = 1.12, **changes: object
+) -> EscapeRecord:
     monkeypatch.setattr(engines, "FEW_PARAMETERS", few_parameters)
     apply, params, inputs, targets = network()
     level = 0.5 * np.mean((inputs @ params["weight"] - targets) ** 2)
     settings: dict = {"learning_rate": 0.1, "batch_size": 4, "replicas": 10, "steps": 600, "seed": 2} | changes
-    return measure_escape(apply, params, inputs, targets, loss_barrier=1.12 * level, **settings)
+    return measure_escape(apply, params, inputs, targets, loss_barrier=ratio * level, **settings)
 
 
 def test_results_do_not_depend_on_how_replicas_are_batched_or_threaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,27 +255,53 @@ def test_lanes_and_separate_replicas_give_the_same_escapes(monkeypatch: pytest.M
     pd.testing.assert_frame_equal(lanes.rows, separate.rows)
 
 
-def test_screened_looks_see_the_same_escapes_as_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict = {"replicas": 200, "start": "minimum"}
+@pytest.mark.parametrize(("few_parameters", "replicas"), [(4096, 200), (0, 40)])
+def test_screened_looks_see_the_same_escapes_as_exact_ones(
+    monkeypatch: pytest.MonkeyPatch, few_parameters: int, replicas: int
+) -> None:
+    settings: dict = {"replicas": replicas, "start": "minimum", "learning_rate": 0.2, "ratio": 1.3}
     exact = measure_network(monkeypatch, 4096, looks="exact", **settings)
-    screened = measure_network(monkeypatch, 4096, looks="screened", **settings)
+    screened = measure_network(monkeypatch, few_parameters, looks="screened", **settings)
     assert screened.screens is not None
     assert screened.missed_fraction is not None
-    assert screened.missed_fraction < 0.02 + 3 * screened.missed_fraction_se
+    assert screened.missed_fraction < 0.01 + 3 * screened.missed_fraction_se
     assert screened.full_looks < 0.3 * exact.full_looks
     later = screened.rows["steps"] != exact.rows["steps"]
+    assert exact.escapes > 0.9 * replicas
     assert later.mean() <= 0.01
     assert (screened.rows["steps"] >= exact.rows["steps"]).all()
 
 
-def test_screens_that_are_blind_are_reported_as_missing_crossings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from escape_inference.trainers import screens
+def test_the_gate_shuts_without_missing_crossings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random looks often enough to tell; the gate must have been shut for the test to mean something."""
+    thresholds = []
+    make_gate = Screens.gate
 
-    monkeypatch.setattr(screens, "SAFETY", -4.0)
-    monkeypatch.setattr(screens, "CLOSE", 100.0)
-    blind = measure_network(monkeypatch, 4096, looks="screened", replicas=100)
-    assert blind.missed_fraction > 0.3
-    assert any("missed" in warning for warning in blind.warnings)
+    def observed(self: Screens, barrier: float, loss_minimum: float) -> object:
+        gate = make_gate(self, barrier, loss_minimum)
+        thresholds.append(float(gate.limits.threshold))
+        return gate
+
+    monkeypatch.setattr(Screens, "gate", observed)
+    settings: dict = {"replicas": 24, "learning_rate": 0.2, "ratio": 1.5, "steps": 4000}
+    record = measure_network(monkeypatch, 0, looks="screened", **settings)
+    assert record.escapes > 50
+    assert thresholds[0] == 0
+    assert np.mean(np.array(thresholds) > 0) > 0
+    assert record.missed_fraction is not None
+    assert record.missed_fraction < 0.01 + 3 * record.missed_fraction_se
+
+
+@pytest.mark.parametrize(("few_parameters", "stage"), [(4096, "limits"), (0, "gate")])
+def test_a_stage_that_is_blind_is_reported_as_missing_crossings(
+    monkeypatch: pytest.MonkeyPatch, few_parameters: int, stage: str
+) -> None:
+    never = Limits(jnp.float32(1e9), jnp.float32(0.0))
+    blind = {"limits": never, "gate": Gate(never, jnp.float32(1e9))}[stage]
+    monkeypatch.setattr(Screens, stage, lambda *_: blind)
+    record = measure_network(monkeypatch, few_parameters, looks="screened", replicas=60, steps=800)
+    assert record.missed_fraction > 0.3
+    assert any("missed" in warning for warning in record.warnings)
 
 
 def test_a_subsample_estimates_the_mean_without_bias() -> None:

@@ -142,7 +142,9 @@ def measure_escape(
     screens = None
     if check_interval == 1 and (looks == "screened" or (looks == "auto" and len(inputs) >= FEWEST)):
         losses = pilot_losses(recipe, params, key, world)
-        screens = choose_screens(*losses, loss_barrier, seed, gated=engine.gated)
+        screens = choose_screens(*losses, loss_barrier, seed, gated=engine.gated, forced=looks == "screened")
+        if looks == "screened" and screens is None:
+            raise InputError("looks: there are too few samples, or too few losses below the barrier, for screens.")
     monitor = steps / TREND_BINS if screens is None else max(steps / TREND_BINS, LEAST_MONITOR)
     world = world._replace(monitor=jnp.int32(max(1, round(monitor / check_interval)) * check_interval))
     process = Process(engine, world, screens, progress, steps, loss_minimum)

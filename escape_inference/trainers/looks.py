@@ -32,7 +32,7 @@ SAMPLE_INTERVAL = 16
 MEMORY_OF_GATE = 0.75
 """Weight of the past in the running mean of the batch losses."""
 RECORD = 7
-"""Numbers kept of a full look: iteration, slot, gate, first screen, second screen, full loss, probability of the look."""
+"""Numbers kept of a full look: iteration, slot, gate, first and second screen, full loss, probability of the look."""
 
 
 class Limits(NamedTuple):

@@ -37,10 +37,14 @@ CLIMBING = 0.03
 """Share of its time that SGD is taken to spend evenly between its typical loss and the barrier, for the cost."""
 NEAR = 0.25
 """Looks within this fraction of the log barrier below it, or within a whole one above, tell of a screen's errors."""
-LARGEST_WEIGHT = 8.0
+LARGEST_WEIGHT = 4.0
 """Largest weight of a look that was made by chance, lest one of them decides the thresholds."""
-MEMORY, ENOUGH, ENOUGH_FOR_GATE = 512, 30, 25
-"""Looks remembered for the thresholds; how many replace the pilot's; iterations near the barrier that shut the gate."""
+MEMORY, PRIOR_LOOKS = 512, 10.0
+"""Looks remembered for the thresholds, and how many of them the pilot counts for."""
+ENOUGH_FOR_GATE = 25
+"""Iterations near the barrier from which the lowest gate is trusted."""
+KICKED = 1.5
+"""A loss near the barrier comes from a few large batch losses; the pilot's stretched states vary less, by this factor."""
 PILOT_SLOT = 0x70696C6F
 
 
@@ -81,13 +85,12 @@ class Screens:
             usable &= np.all(near[:, 1:3] > 0, axis=1)
         self.seen = np.concatenate([self.seen, near[usable]])[-MEMORY:]
         weight = np.minimum(1 / self.seen[:, 4], LARGEST_WEIGHT)
-        if weight.sum() ** 2 < ENOUGH * (weight**2).sum() or not len(weight):
-            return
-        for stage in (0, 1):
+        for stage, first in enumerate(self.first_spread):  # the pilot counts as PRIOR_LOOKS looks
             error = np.log(self.seen[:, 3] / self.seen[:, stage + 1])
-            self.offset[stage] = float(np.average(error, weights=weight))
-            spread = float(np.sqrt(np.average((error - self.offset[stage]) ** 2, weights=weight)))
-            self.spread[stage] = float(np.clip(spread, self.first_spread[stage] / 2, self.first_spread[stage] * 2))
+            total = PRIOR_LOOKS + weight.sum()
+            self.offset[stage] = float(weight @ error / total)
+            square = PRIOR_LOOKS * first**2 + weight @ (error - self.offset[stage]) ** 2
+            self.spread[stage] = float(np.sqrt(square / total))
 
     def limits(self, stage: int, barrier: float) -> Limits:
         """Where a screen asks for the next stage."""
@@ -194,7 +197,13 @@ def subsample(
 
 
 def choose_screens(
-    losses: Float[np.ndarray, "s n"], at_barrier: Float[np.ndarray, "t n"], barrier: float, seed: int, *, gated: bool
+    losses: Float[np.ndarray, "s n"],
+    at_barrier: Float[np.ndarray, "t n"],
+    barrier: float,
+    seed: int,
+    *,
+    gated: bool,
+    forced: bool = False,
 ) -> Screens | None:
     """The pair of screen sizes of least expected cost, or None if exact looks are as cheap.
 
@@ -207,6 +216,7 @@ def choose_screens(
         barrier: loss of escape.
         seed: of the draw of the subsamples.
         gated: a gate stands before the first screen.
+        forced: choose the best pair even if exact looks are as cheap.
     """
     samples = losses.shape[1]
     if min(len(losses), len(at_barrier)) < FEWEST_SNAPSHOTS:
@@ -219,7 +229,7 @@ def choose_screens(
     for size in sorted({size for size in FIRST_SIZES + SECOND_SIZES if size <= samples // 2}):
         indices, weights = subsample(typical, size, rng)
         error = np.log(full) - np.log(at_barrier[:, indices] @ weights)
-        drawn[size] = indices, weights * np.exp(error.mean()), max(float(np.std(error)), SMALLEST_SPREAD)
+        drawn[size] = indices, weights * np.exp(error.mean()), KICKED * max(float(np.std(error)), SMALLEST_SPREAD)
     usual = float(np.median([spread * np.sqrt(size) for size, (_, _, spread) in drawn.items()]))
     candidates = {}
     for size, (indices, weights, own) in drawn.items():
@@ -227,7 +237,7 @@ def choose_screens(
         met, climbing = (ndtr((logs - np.log(barrier)) / spread + SAFETY) for logs in (log_full, climb))
         near = np.concatenate([(1 - CLIMBING) * met / len(met), CLIMBING * climbing / len(climb)])
         candidates[size] = indices, weights, spread, near, np.concatenate([met, climbing])
-    best, choice = 0.5 * samples, None
+    best, choice = float("inf") if forced else 0.5 * samples, None
     for first in sorted(candidates.keys() & set(FIRST_SIZES)):
         near_first = candidates[first][3]
         for second in sorted(size for size in candidates.keys() & set(SECOND_SIZES) if size > first):
