@@ -6,6 +6,7 @@ log-likelihood and its derived quantities at a point of unconstrained space, whi
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -246,9 +247,16 @@ class Evaluation(NamedTuple):
 
 def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Shape of every sampled site and whether it is positive, in the order of the unconstrained vector."""
-    trace = handlers.trace(handlers.seed(escape_model, 0)).get_trace(law, inputs, observed)
-    sampled = {k: s for k, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
-    return {k: (jnp.shape(s["value"]), s["fn"].support is dist.constraints.positive) for k, s in sampled.items()}
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
+
+    def look(inputs: Inputs, observed: Observations) -> None:
+        trace = handlers.trace(handlers.seed(escape_model, jax.random.key(0))).get_trace(law, inputs, observed)
+        for name, site in trace.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                found[name] = (jnp.shape(site["value"]), site["fn"].support is dist.constraints.positive)
+
+    jax.eval_shape(look, inputs, observed)  # shapes only: no law is evaluated
+    return found
 
 
 def unpack(
@@ -286,6 +294,7 @@ def evaluate(
     return Evaluation(log_prior, log_likelihood, sites)
 
 
+@partial(jax.jit, static_argnames=("law", "count"))
 def sample_prior(
     key: Array, law: Law, inputs: Inputs, observed: Observations, count: int, width: float = 1.0
 ) -> Float[Array, "count dim"]:

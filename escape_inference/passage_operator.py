@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from escape_inference.passage_edges import Vector
+from escape_inference.passage_potential import potential_slope
 from escape_inference.passage_panels import (
     LEAST_FLOW,
     PANELS,
@@ -19,6 +19,7 @@ from escape_inference.passage_panels import (
     Grid,
     Nodes,
     StartNodes,
+    Vector,
     along,
     amplify,
     at_end,
@@ -114,7 +115,7 @@ def drive(generator: Generator, source: Function) -> Driven:
         ratio = (grid.passed[k] * ratio + emitted[k] * inverse[k]) / generator.flow[k]
     modes = grid.homogeneous * (generator.size * jnp.stack(ratios)) + response * (generator.size * inverse)
     nodes = grid.volume * grid.kernel * along(RULE.from_modes, modes)
-    start_size = jnp.exp(grid.start_height - generator.log_scale)
+    start_size = jnp.exp(grid.start_scale - generator.log_scale)
     start = grid.start_kernel * start_size * along(START.from_powers, start_modes)
     return Driven(Function(nodes, start), start_modes, ratio * jnp.exp(grid.log_entering[-1] - generator.log_scale))
 
@@ -129,7 +130,7 @@ def trace(generator: Generator, weights: Function) -> Traced:
         worth.append(through[k] + worth[-1] * grid.passed[k] / flow[k])
     ends = RULE.from_modes[-1][:, None, None] * (jnp.stack(worth[-2::-1]) * inverse / flow)
     nodes = grid.source * along(RULE.to_modes.T, back_amplify(grid, modes * (generator.size * inverse) + ends))
-    start_size = jnp.exp(grid.start_height - generator.log_scale)
+    start_size = jnp.exp(grid.start_scale - generator.log_scale)
     start_modes = along(START.from_powers.T, grid.start_kernel * start_size * weights.start)
     start_modes = start_modes + generator.entry * worth[-1]
     start = grid.start_source * along(START.to_powers.T, grid.start_gain * start_modes)
@@ -196,30 +197,12 @@ def log_slopes(
     total = outer.sum()
     outer, inner = outer.scaled(1 / total), inner.scaled(1 / total)
     change = outer.plus(inner.scaled(-1.0))
-    height = change.dot(Function(grid.potential, grid.start_potential))
+    height = change.dot(Function(grid.height, grid.start_height))
     twist = change.dot(
-        Function(
-            potential_slope(grid.log_x, grid.potential, q), potential_slope(grid.start_log_x, grid.start_potential, q)
-        )
+        Function(potential_slope(grid.log_x, grid.height, q), potential_slope(grid.start_log_x, grid.start_height, q))
     )
     thinning = inner.dot(Function(grid.log_x, grid.start_log_x))
     power = jnp.sum(change.nodes * (grid.log_y - grid.first_edge), (0, 1)) / 2
     power = power + jnp.sum(grid.start_gain * driven.start_modes * traced.start_modes, axis=0) / total
     at_threshold = driven.at_threshold * weights.nodes[-1, -1] / total
     return -1 / T - height / T**2, at_threshold, -power, twist / T - thinning
-
-
-def potential_slope(log_x: Array, potential: Array, noise_exponent: Array) -> Array:
-    """``∂ΔU_q/∂q`` at a loss ratio whose logarithm and ΔU_q are given.
-
-    >>> from escape_inference.precision import float64
-    >>> float(float64(lambda: potential_slope(jnp.log(2.0), jnp.log(2.0), jnp.ones(())))())  # −(log 2)²/2
-    -0.2402265069591...
-    """
-    stretch = 1 - noise_exponent
-    z = stretch * log_x
-    series: Array | float = 1 / 45360
-    for k in (5760, 840, 144, 30, 8, 3, 2):
-        series = 1 / k + z * series
-    gap = jnp.where(stretch == 0, 1.0, stretch)
-    return jnp.where(jnp.abs(z) < 0.15, -(log_x**2) * series, (potential - log_x * (1 + stretch * potential)) / gap)

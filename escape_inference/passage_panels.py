@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from escape_inference.passage_edges import Vector, fast_expm1, panel_edges, safe_stretch, start_length
+from escape_inference.passage_edges import Vector, panel_edges, start_length
+from escape_inference.passage_potential import potential
 
 PANELS = 12
 NODES = 8
@@ -117,7 +118,7 @@ class Grid(NamedTuple):
 
     log_y: Nodes
     log_x: Nodes
-    potential: Nodes
+    height: Nodes
     volume: Nodes
     source: Nodes
     kernel: Nodes
@@ -130,13 +131,13 @@ class Grid(NamedTuple):
     emitted: Flows
     log_entering: Flows
     start_log_x: StartNodes
-    start_potential: StartNodes
+    start_height: StartNodes
     start_source: StartNodes
     start_kernel: StartNodes
     start_gain: StartNodes
     start_response: StartNodes
     start_length: Vector
-    start_height: Vector
+    start_scale: Vector
     first_edge: Vector
 
 
@@ -171,7 +172,7 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
         noise_exponent: q.
     """
     T, n, q = temperature, dimension, noise_exponent
-    stretch = safe_stretch(q)
+    stretch = 1 - q
     # the panels stay where they are when the arguments change; only their end is the threshold
     held = jax.lax.stop_gradient((T, excess, n, q))
     first = start_length(*held)
@@ -180,21 +181,21 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
     # the starting panel, in y
     y = first * START.nodes[:, None]
     start_log_x = jnp.log1p(y)
-    grown = fast_expm1(stretch * start_log_x)
-    start_potential = grown / stretch
+    start_height = potential(start_log_x, q)
     first_log_x = jnp.log1p(first)
-    first_height = fast_expm1(stretch * first_log_x) / (stretch * T)
-    start_source = jnp.exp(-start_potential / T) * (1 + grown) / (1 + y)
-    start_kernel = jnp.exp(start_potential / T - first_height) * first * START.weights[:, None]
+    first_height = potential(first_log_x, q) / T
+    start_source = jnp.exp(-start_height / T) * (1 + stretch * start_height) / (1 + y)
+    start_kernel = jnp.exp(start_height / T - first_height) * first * START.weights[:, None]
     start_gain = 1 / (n + 2 * jnp.arange(START_NODES)[:, None])
     start_response = start_gain * along(START.to_powers, start_source)
     log_start = jnp.log(jnp.sum(start_response, axis=0)) + first_height
 
     # the first edge, where B is slaved if it lies beyond the starting panel
     edge_x = jnp.log1p(jnp.exp(edges[0]))
-    edge_grown = fast_expm1(stretch * edge_x)
-    pull = 2 * jnp.exp(edges[0] - edge_x) * (1 + edge_grown) / T
-    slaved = jnp.log1p(edge_grown) - edge_x - jnp.log(jnp.maximum(n - pull, 1e-3))
+    edge_height = potential(edge_x, q)
+    edge_power = 1 + stretch * edge_height
+    pull = 2 * jnp.exp(edges[0] - edge_x) * edge_power / T
+    slaved = jnp.log(edge_power) - edge_x - jnp.log(jnp.maximum(n - pull, 1e-3))
     log_start = jnp.where(edges[0] > jnp.log(first), slaved, log_start)
 
     # the panels, in v = log y
@@ -203,15 +204,14 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
     log_y = edges[:-1] + length * zeta
     y = jnp.exp(log_y)
     log_x = jnp.log(1 + y)
-    grown = fast_expm1(stretch * log_x)
-    potential = grown / stretch
-    before = jnp.concatenate([(edge_grown / stretch)[None], potential[-1, :-1]])
-    end_drop = n / 2 * length - (potential[-1] - before) / T
+    height = potential(log_x, q)
+    before = jnp.concatenate([edge_height[None], height[-1, :-1]])
+    end_drop = n / 2 * length - (height[-1] - before) / T
     before, rate, fall, half_length = jax.lax.optimization_barrier(
         (before, jnp.maximum(end_drop, 0.0), jnp.minimum(end_drop, 0.0), length / 2)
     )
-    delta = jnp.minimum((n * half_length - rate) * zeta - (potential - before) / T, 200.0)
-    source = jnp.exp(delta) * (1 + grown) / (1 + y) * half_length
+    delta = jnp.minimum((n * half_length - rate) * zeta - (height - before) / T, 200.0)
+    source = jnp.exp(delta) * (1 + stretch * height) / (1 + y) * half_length
     kernel = jnp.exp(fall - delta)
     volume = y * length * RULE.weights[:, None, None]
     poles = RULE.poles[:, None, None]
@@ -228,7 +228,7 @@ def build_grid(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
         out = passed[k] + emitted[k] * jnp.exp(-log_entering[-1])
         log_entering.append(log_entering[-1] - fall[k] + jnp.log(jnp.maximum(out, LEAST_FLOW)))
     return Grid(
-        log_y, log_x, potential, volume, source, kernel, gain_real, gain_imag, response, homogeneous, fall, passed, emitted,
-        jnp.stack(log_entering), start_log_x, start_potential, start_source, start_kernel, start_gain, start_response,
+        log_y, log_x, height, volume, source, kernel, gain_real, gain_imag, response, homogeneous, fall, passed, emitted,
+        jnp.stack(log_entering), start_log_x, start_height, start_source, start_kernel, start_gain, start_response,
         first, first_height, edges[0],
     )  # fmt: skip
