@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from escape_inference.passage_potential import potential_slope
 from escape_inference.passage_panels import (
     LEAST_FLOW,
     PANELS,
@@ -25,6 +24,7 @@ from escape_inference.passage_panels import (
     at_end,
     back_amplify,
 )
+from escape_inference.passage_potential import potential_slope
 
 Slopes = tuple[Vector, Vector, Vector, Vector]
 
