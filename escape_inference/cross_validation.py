@@ -40,7 +40,7 @@ def pareto_limit(draws: int) -> float:
     >>> pareto_limit(4000), round(pareto_limit(200), 3)
     (0.7, 0.565)
     """
-    return min(1 - 1 / np.log10(draws), 0.7)
+    return float(min(1 - 1 / np.log10(draws), 0.7))
 
 
 def leave_one_out(

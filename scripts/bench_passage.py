@@ -1,6 +1,6 @@
 """Accuracy and speed of the first-passage laws, against adaptive panels of a fine rule and the nested 64 × 64 rule.
 
-Run it from the repository: ``python scripts/bench_passage.py [--conditions 400] [--seed 0]``. It prints how the relative errors of the
+Run ``python scripts/bench_passage.py [--conditions 400] [--seed 0]`` where the package is installed. It prints how the relative errors of the
 mean passage rate and of the leading rate are distributed over the whole range of validity, and by dimension, barrier and
 temperature, then the time of one evaluation with its gradient in all four arguments, as such and as a share of the time of the
 nested rule measured in the same run.
@@ -9,6 +9,7 @@ nested rule measured in the same run.
 import argparse
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def main() -> None:
     print_errors("mean passage rate, relative error", np.abs(mean - [r.log_mean_rate() for r in fine]), groups)
     rate = np.array([r.log_leading_rate() for r in fine])
     steps = (-np.inf, 0, 1, 2, 3, np.inf)
-    bands = {f"{a} <= log rate < {b}": (rate >= a) & (rate < b) for a, b in zip(steps[:-1], steps[1:], strict=True)}
+    bands = {f"{a} <= log rate < {b}": (rate >= a) & (rate < b) for a, b in pairwise(steps)}
     print_errors("leading rate, relative error", np.abs(leading - rate), bands)
     print("value and gradient, best time\n  conditions   mean rate   leading rate   nested 64 x 64   mean/nested")
     for size in (36, 100, 400):
