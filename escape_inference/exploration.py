@@ -27,7 +27,7 @@ from escape_inference.surrogate import (
 
 FEW_DIMENSIONS = 7
 BLOCK = 100
-LOG_DIMENSIONS = (float(np.log(0.5)), float(np.log(200.0)))
+LOG_DIMENSIONS = (float(np.log(0.05)), float(np.log(200.0)))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def log_escape_probability(log_hazard: Float[Array, "..."]) -> Float[Array, "...
     """``log(1 − exp(−y))`` from ``log y``, exact and with exact gradients from y = 0 to y = ∞.
 
     >>> float(log_escape_probability(-5000.0)), round(float(log_escape_probability(1.0)), 6)
-    (-5000.0, -0.068275)
+    (-5000.0, -0.068266)
     """
     bounded = jnp.clip(log_hazard, -LARGEST_LOG_RATE, LARGEST_LOG_RATE)
     return jnp.log(-jnp.expm1(-jnp.exp(bounded))) + jnp.minimum(log_hazard + LARGEST_LOG_RATE, 0.0)
