@@ -140,7 +140,7 @@ def print_errors(title: str, errors: np.ndarray, groups: dict[str, np.ndarray]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conditions", type=int, default=400, help="conditions in the error map (about 15 ms each)")
+    parser.add_argument("--conditions", type=int, default=400, help="conditions in the error map (about 0.1 s each)")
     parser.add_argument("--repeats", type=int, default=50, help="timed repetitions, the best of which counts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
