@@ -12,7 +12,7 @@ import pytest
 
 from escape_inference.errors import InputError
 from escape_inference.table import read_measurements
-from escape_inference.trainers import collect as collect_module
+from escape_inference.trainers import parts as parts_module
 from escape_inference.trainers.collect import collect
 
 STUDY = """
@@ -166,7 +166,7 @@ def test_an_interrupt_keeps_finished_parts_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real, calls = collect_module.measure_escape, []
+    real, calls = parts_module.measure_escape, []
 
     def interrupted(*args: object, **settings: object) -> object:
         calls.append(settings)
@@ -174,7 +174,7 @@ def test_an_interrupt_keeps_finished_parts_and_says_so(
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(collect_module, "measure_escape", interrupted)
+    monkeypatch.setattr(parts_module, "measure_escape", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(study, tmp_path / "out")
     message = " ".join(capsys.readouterr().err.split())
@@ -187,8 +187,8 @@ def test_an_interrupt_keeps_finished_parts_and_says_so(
 def test_a_finished_campaign_can_be_resumed_and_measures_nothing(
     study: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect_module, "measure_escape", None)
-    monkeypatch.setattr(collect_module, "train_minimum", None)
+    monkeypatch.setattr(parts_module, "measure_escape", None)
+    monkeypatch.setattr(parts_module, "train_minimum", None)
     before = pd.read_parquet(uninterrupted / "measurements.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(collect(study, uninterrupted, resume=True, progress=False)), before)
 
@@ -224,3 +224,61 @@ def test_a_campaign_without_any_escape_says_so_and_keeps_its_tables(tmp_path: Pa
     with pytest.raises(InputError, match="escape"):
         collect(path, tmp_path / "out", progress=False)
     assert list(pd.read_csv(tmp_path / "out" / "conditions.csv")["escapes"]) == [0, 0]
+
+
+RAMPS = """
+[[ramps]]
+relative = [0.05, 1.6]
+levels = 8
+steps_per_level = 50
+batch_size = 3
+threshold = 4.0
+runs = 5
+[[ramps]]
+minima = "d2"
+learning_rate = [0.1, 3.0]
+spacing = "linear"
+levels = 5
+steps_per_level = 20
+batch_size = 4
+jump_factor = 3.0
+runs = 3
+"""
+
+
+def test_ramps_join_the_table_and_have_a_table_of_their_own(study: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY + RAMPS, encoding="utf-8")
+    table = read_measurements(collect(path, tmp_path / "out", progress=False))
+    conditions = read_measurements(uninterrupted / "measurements.parquet")
+    pd.testing.assert_frame_equal(table.iloc[: len(conditions)], conditions, check_categorical=False)
+    rows = table.iloc[len(conditions) :]
+    critical = pd.read_csv(tmp_path / "out" / "critical_learning_rates.csv")
+    pd.testing.assert_frame_equal(
+        critical, pd.read_parquet(tmp_path / "out" / "critical_learning_rates.parquet"), check_dtype=False
+    )
+    ramps = pd.read_csv(tmp_path / "out" / "ramps.csv")
+    assert list(ramps["status"]) == ["measured"] * 3
+    assert list(ramps["runs"]) == [5, 5, 3]
+    assert list(ramps["batch_size"]) == [3, 3, 4]
+    assert rows["run"].nunique() == len(critical) == 13
+    last = rows.groupby("run", observed=True).tail(1).set_index("run")
+    for _, run in critical.iterrows():
+        assert bool(last.loc[run["run"], "escaped"]) == run["jumped"]
+        assert last.loc[run["run"], "learning_rate"] == pytest.approx(run["upper"] if run["jumped"] else run["lower"])
+    first = rows[rows["run"] == critical["run"].iloc[0]]
+    h = first["hessian_minimum"].iloc[0]
+    assert first["learning_rate"].iloc[0] == pytest.approx(0.05 * 2 / h)
+    assert first["loss_barrier"].iloc[0] == pytest.approx(4 * first["loss_minimum"].iloc[0])
+    assert ramps["gradient_descent_limit"].iloc[0] == pytest.approx(2 / h)
+    middle = ramps["critical_learning_rate"]
+    assert ((ramps["critical_learning_rate_lower"] <= middle) & (middle <= ramps["critical_learning_rate_upper"])).all()
+    collect(path, tmp_path / "out", resume=True, progress=False)
+
+
+def test_a_study_may_hold_ramps_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY[: STUDY.index("[[escape]]")] + RAMPS, encoding="utf-8")
+    table = read_measurements(collect(path, tmp_path / "out", progress=False))
+    assert set(table["start"]) == {"minimum"}
+    assert not (tmp_path / "out" / "conditions.csv").exists()

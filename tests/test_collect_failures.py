@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from escape_inference.errors import InputError
-from escape_inference.trainers import collect as collect_module
+from escape_inference.trainers import parts as parts_module
 from escape_inference.trainers import storage
 from escape_inference.trainers.collect import collect
 
@@ -60,7 +60,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **settings: object) -> None:
         raise AssertionError("training began before the study was checked")
 
-    monkeypatch.setattr(collect_module, "train_minimum", fail)
+    monkeypatch.setattr(parts_module, "train_minimum", fail)
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_at_any_write_loses_nothing(
     assert (f"{len(kept)} finished parts are kept, go on with --resume" in str(caught.value)) == bool(kept)
     measured: list[Any] = []
     monkeypatch.setattr(storage, "_flush", real)
-    monkeypatch.setattr(collect_module, "measure_escape", _counted(collect_module.measure_escape, measured))
+    monkeypatch.setattr(parts_module, "measure_escape", _counted(parts_module.measure_escape, measured))
     path = collect(study, output, resume=True, progress=False)
     assert len(measured) == 2 - sum(name.startswith("condition") for name in kept)
     pd.testing.assert_frame_equal(pd.read_parquet(path), reference)

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.study import derived_seed, describe, read_study
+from escape_inference.trainers.specs import derived_seed, describe
+from escape_inference.trainers.study import read_study
 
 GOOD = """
 seed = 3
@@ -89,6 +91,60 @@ def test_a_slip_is_named_with_file_key_and_rule(tmp_path: Path, old: str, new: s
     with pytest.raises(InputError, match=message) as caught:
         read_study(path)
     assert str(caught.value).startswith(str(path))
+
+
+RAMP = """
+[[ramps]]
+learning_rate = [0.1, 0.3]
+levels = 4
+steps_per_level = 30
+batch_size = [2, 3]
+threshold = 5.0
+runs = 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("runs = 8", "run = 8", r"\[\[ramps\]\] number 1: unknown key run \(did you mean runs\?\)"),
+        ("runs = 8", "runs = 0", "runs = 0: must be greater than or equal to 1"),
+        ("levels = 4", "levels = 1", "levels = 1: must be greater than or equal to 2"),
+        ("[0.1, 0.3]", "[0.3, 0.1]", r"learning rates must be \[lowest, highest\], got \[0.3, 0.1\]"),
+        ("[0.1, 0.3]", "[-0.1, 0.1]", "learning_rate = -0.1: must be greater than 0"),
+        ("learning_rate = [0.1, 0.3]", "", "either learning_rate = .lowest, highest. or relative"),
+        ("threshold = 5.0", "", "either threshold .* or jump_factor"),
+        ("threshold = 5.0", "jump_factor = 1.0", "jump_factor = 1.0: must be greater than 1"),
+        ("steps_per_level = 30", "steps_per_level = 30\ncheck_interval = 7", "check_interval = 7 must divide"),
+        ("levels = 4", 'levels = 4\nspacing = "square"', "spacing = 'square': must be 'geometric' or 'linear'"),
+        ("levels = 4", 'levels = 4\nminima = "x*"', r"\[\[ramps\]\] number 1: minima = 'x.' matches none of: m0.1"),
+        ("batch_size = [2, 3]", "batch_size = [2, 2]", "this ramp occurs twice: m0.1 ramp η=0.1-0.3 B=2 c=5"),
+        ("[[ramps]]", "[ramps]", r"write this section with double brackets, \[\[ramps\]\]"),
+    ],
+)
+def test_a_slip_in_a_ramp_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in RAMP
+    with pytest.raises(InputError, match=message):
+        read_study(write(tmp_path, GOOD + RAMP.replace(old, new, 1)))
+
+
+def test_ramps_are_written_out_for_every_minimum_and_change_the_study(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD + RAMP))
+    assert [describe(spec) for spec in study.ramps][:2] == [
+        "m0.1 ramp η=0.1-0.3 B=2 c=5",
+        "m0.1 ramp η=0.1-0.3 B=3 c=5",
+    ]
+    assert len(study.ramps) == 4
+    assert study.ramps[0].learning_rates_at(7.0) == pytest.approx(0.1 * 3 ** (np.arange(4) / 3))
+    assert read_study(write(tmp_path, GOOD)).identity != study.identity
+    relative = RAMP.replace("learning_rate = [0.1, 0.3]", 'relative = [0.2, 1.4]\nspacing = "linear"')
+    ramp = read_study(write(tmp_path, GOOD + relative)).ramps[0]
+    assert ramp.learning_rates_at(8.0) == pytest.approx([0.05, 0.15, 0.25, 0.35])
+
+
+def test_a_study_that_measures_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"at least one \[\[escape\]\] or \[\[ramps\]\]"):
+        read_study(write(tmp_path, GOOD[: GOOD.index("[[escape]]")]))
 
 
 def test_several_slips_are_listed_together(tmp_path: Path) -> None:

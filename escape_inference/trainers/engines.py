@@ -32,6 +32,9 @@ class Engine(Protocol):
     def running(self) -> bool:
         """Is any replica still in its well?"""
 
+    def state_of(self, slot: int) -> PyTree:
+        """Parameters and optimiser state of one slot; of a replica that escaped, those at its crossing."""
+
     def round_length(self, escapes: int, replica_steps: int) -> int:
         """Iterations that the next round should have, given the escapes seen so far."""
 

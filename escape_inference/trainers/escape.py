@@ -21,7 +21,7 @@ from escape_inference.errors import InputError
 from escape_inference.trainers.engines import make_engine
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
-from escape_inference.trainers.minimum import Minimum
+from escape_inference.trainers.minimum import Minimum, parameters_of
 from escape_inference.trainers.process import Process, Progress, UnstableMinimum
 from escape_inference.trainers.record import TREND_BINS, Condition, EscapeRecord, Outcome, make_record
 from escape_inference.trainers.screens import FEWEST, choose_screens, pilot_losses
@@ -110,8 +110,7 @@ def measure_escape(
     """
     began = time.perf_counter()
     sample_loss = resolve_loss(loss)
-    params = minimum.params if isinstance(minimum, Minimum) else minimum
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), params)
+    params = parameters_of(minimum)
     inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
     check_training(learning_rate, batch_size, steps, len(inputs))
     _check_run(start, looks, replicas, steps, check_interval, replica_batch, burn_in, hessian_minimum)

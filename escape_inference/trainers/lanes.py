@@ -156,6 +156,9 @@ class Lanes:
     def running(self) -> bool:
         return bool(jnp.any(self.alive))
 
+    def state_of(self, slot: int) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[slot], self.states)
+
     def round_length(self, escapes: int, replica_steps: int) -> int:
         return LONGEST
 

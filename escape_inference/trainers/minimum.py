@@ -86,8 +86,16 @@ class Minimum:
         return cls(params, float(about["loss_minimum"]), float(about["gradient_norm"]), about["made"])
 
 
+def parameters_of(minimum: Minimum | PyTree) -> PyTree:
+    """The parameters of a ``Minimum``, or the pytree itself, as JAX arrays of at least single precision."""
+    params = minimum.params if isinstance(minimum, Minimum) else minimum
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), params)
+
+
 @lru_cache(maxsize=32)
-def _compiled_training(recipe: Recipe) -> Callable:
+def compiled_training(recipe: Recipe) -> Callable:
+    """``(state, step, end, key, learning_rate, inputs, targets) -> state`` after iteration ``end``, compiled."""
+
     def train(
         state: PyTree, step: Array, end: Array, key: PRNGKeyArray, learning_rate: Array, inputs: Array, targets: Array
     ) -> PyTree:
@@ -178,11 +186,11 @@ def train_minimum(
         (3.0, 1.75, True)
     """
     sample_loss = resolve_loss(loss)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), params)
+    params = parameters_of(params)
     inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
     check_training(learning_rate, batch_size, steps, len(inputs))
     recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
-    train, key, eta = _compiled_training(recipe), root_key(seed), jnp.float32(learning_rate)
+    train, key, eta = compiled_training(recipe), root_key(seed), jnp.float32(learning_rate)
     state = recipe.start(params, learning_rate)
     for begin in range(0, steps, PIECE):
         end = min(begin + PIECE, steps)

@@ -87,4 +87,4 @@ class Process:
                 escapes = sum(len(done.escapes) for done in self.rounds)
                 self.progress(self.engine.step - self.burnt, self.steps, f"{escapes} escapes")
         if self.progress:
-            self.progress(self.steps, self.steps, f"{sum(len(done.escapes) for done in self.rounds)} escapes")
+            self.progress(end - self.burnt, self.steps, f"{sum(len(done.escapes) for done in self.rounds)} escapes")

@@ -113,6 +113,9 @@ class Replicas:
     def running(self) -> bool:
         return any(self.alive)
 
+    def state_of(self, slot: int) -> PyTree:
+        return self.states[slot][0]
+
     def round_length(self, escapes: int, replica_steps: int) -> int:
         """So long that about a quarter of the replicas escape in a round: longer ones repeat much for the copies."""
         if not self.replace:

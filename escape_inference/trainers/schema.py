@@ -15,6 +15,8 @@ OneOrMany = Annotated[
     list[Item], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+Bounds = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 Count = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -66,7 +68,7 @@ class EscapeSection(Section):
     learning_rate: OneOrMany[Positive] | None = None
     temperature: OneOrMany[Positive] | None = None
     batch_size: OneOrMany[Count]
-    threshold: OneOrMany[Annotated[float, Field(gt=1, allow_inf_nan=False)]]
+    threshold: OneOrMany[AboveOne]
     replicas: Annotated[int, Field(ge=2)]
     steps: Count
     start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
@@ -86,6 +88,40 @@ class EscapeSection(Section):
         return self
 
 
+class RampSection(Section):
+    """``[[ramps]]``: the learning rate raised level by level, for every minimum named."""
+
+    minima: OneOrMany[str] = ["*"]
+    learning_rate: Bounds | None = None
+    relative: Bounds | None = None
+    levels: Annotated[int, Field(ge=2)]
+    spacing: Literal["geometric", "linear"] = "geometric"
+    steps_per_level: Count
+    batch_size: OneOrMany[Count]
+    threshold: OneOrMany[AboveOne] | None = None
+    jump_factor: OneOrMany[AboveOne] | None = None
+    runs: Count
+    check_interval: Count = 1
+    with_replacement: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RampSection":
+        if (self.learning_rate is None) == (self.relative is None):
+            raise ValueError("give either learning_rate = [lowest, highest] or relative (the same over 2/h*)")
+        low, high = self.learning_rate or self.relative or [0, 0]
+        if not low < high:
+            raise ValueError(f"learning rates must be [lowest, highest], got [{low:g}, {high:g}]")
+        if (self.threshold is None) == (self.jump_factor is None):
+            raise ValueError(
+                "give either threshold (the loss of a jump over L*) or jump_factor (over the running loss)"
+            )
+        if self.steps_per_level % self.check_interval:
+            raise ValueError(
+                f"check_interval = {self.check_interval} must divide steps_per_level = {self.steps_per_level}"
+            )
+        return self
+
+
 class StudyFile(Section):
     """The whole file."""
 
@@ -96,7 +132,14 @@ class StudyFile(Section):
     network: NamedSection
     hessian: HessianSection = HessianSection()
     minima: Annotated[list[MinimaSection], Field(min_length=1)]
-    escape: Annotated[list[EscapeSection], Field(min_length=1)]
+    escape: list[EscapeSection] = []
+    ramps: list[RampSection] = []
+
+    @model_validator(mode="after")
+    def _measures(self) -> "StudyFile":
+        if not (self.escape or self.ramps):
+            raise ValueError("the study measures nothing: write at least one [[escape]] or [[ramps]]")
+        return self
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -105,6 +148,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "hessian": HessianSection,
     "minima": MinimaSection,
     "escape": EscapeSection,
+    "ramps": RampSection,
 }
 
 
@@ -145,7 +189,7 @@ def explain(slip: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
         prefix = f"[[{section}]] number {inside[0] + 1}: "
         inside = inside[1:]
     elif section:
-        double = section in ("minima", "escape")
+        double = section in ("minima", "escape", "ramps")
         prefix = f"[[{section}]]: " if double else f"[{section}]: "
     key = next((str(part) for part in inside if isinstance(part, str)), "")
     value = slip.get("input")

@@ -22,15 +22,21 @@ A study names data and a network, how to train the minima, and under which condi
     replicas = 24
     steps = 3000
 
+    [[ramps]]
+    relative = [0.05, 1.5]             # lowest and highest learning rate over 2/h*; or learning_rate = [0.005, 0.2]
+    levels = 24                        # spacing = "geometric" (or "linear")
+    steps_per_level = 300
+    batch_size = 8
+    threshold = 50.0                   # a run has jumped above 50 L*; or jump_factor, over the running loss
+    runs = 8
+
 Instead of ``learning_rate``, an ``[[escape]]`` may give ``temperature`` T: then η = T B/h* at each minimum, to three
 digits. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too). Everything random
 is derived from what a piece of the study *is* (its values and the seed), never from where it stands in the file or when
 it runs.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -38,71 +44,8 @@ from pathlib import Path
 from typing import Any
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.schema import EscapeSection, MinimaSection, StudyFile, read_file
-
-
-@dataclass(frozen=True)
-class MinimumSpec:
-    """One minimum to train.
-
-    Attributes:
-        label: its name in the table.
-        settings: arguments of the training: learning_rate, batch_size, steps, with_replacement, polish_steps,
-            polish_learning_rate.
-        data_options: options of the data set, complete.
-        content: everything that the trained minimum depends on.
-    """
-
-    label: str
-    settings: dict[str, Any]
-    data_options: dict[str, Any]
-    content: dict[str, Any]
-
-    @property
-    def identity(self) -> str:
-        """Fingerprint of the content."""
-        return fingerprint(self.content)
-
-
-@dataclass(frozen=True)
-class ConditionSpec:
-    """One condition to measure.
-
-    Attributes:
-        minimum: the minimum that the runs start from.
-        learning_rate: η, or None when the temperature is given.
-        temperature: T = η h*/B, or None when η is given.
-        batch_size: B.
-        threshold: c, the loss barrier over the loss minimum.
-        start: ``quasi_stationary`` or ``minimum``.
-        settings: other arguments of the measurement: replicas, steps, check_interval, with_replacement, burn_in, looks.
-        content: everything that the measurement depends on.
-    """
-
-    minimum: MinimumSpec
-    learning_rate: float | None
-    temperature: float | None
-    batch_size: int
-    threshold: float
-    start: str
-    settings: dict[str, Any]
-    content: dict[str, Any]
-
-    @property
-    def identity(self) -> str:
-        """Fingerprint of the content."""
-        return fingerprint(self.content)
-
-    def learning_rate_at(self, hessian_minimum: float) -> float:
-        """Return η: as given, or T B/h* to three digits.
-
-        Args:
-            hessian_minimum: h* of the minimum, 1/time.
-        """
-        if self.learning_rate is not None:
-            return self.learning_rate
-        assert self.temperature is not None
-        return float(f"{self.temperature * self.batch_size / hessian_minimum:.3g}")
+from escape_inference.trainers.schema import EscapeSection, MinimaSection, RampSection, StudyFile, read_file
+from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe, fingerprint
 
 
 @dataclass(frozen=True)
@@ -114,40 +57,28 @@ class Study:
         file: its sections.
         minima: every minimum; labels and contents are unique.
         conditions: every condition, in the order of the file, minimum by minimum within a section; contents are unique.
+        ramps: every ramp, in the same order.
     """
 
     path: Path
     file: StudyFile
     minima: list[MinimumSpec]
     conditions: list[ConditionSpec]
+    ramps: list[RampSpec]
+
+    @property
+    def measured(self) -> list[ConditionSpec | RampSpec]:
+        """Conditions and ramps."""
+        return [*self.conditions, *self.ramps]
 
     @property
     def identity(self) -> str:
         """Fingerprint of all that a campaign measures; comments, layout and title are no part of it."""
-        return fingerprint(
-            {
-                "minima": [[spec.label, spec.content] for spec in self.minima],
-                "conditions": [spec.content for spec in self.conditions],
-            }
-        )
-
-
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON-able value, whatever the order of its keys.
-
-    >>> fingerprint({"a": 1, "b": 2.5}) == fingerprint({"b": 2.5, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def derived_seed(content: Mapping[str, Any], purpose: str) -> int:
-    """Return a seed below 2³¹ that depends on the content and the purpose alone.
-
-    >>> derived_seed({"learning_rate": 0.1}, "training")
-    1719296756
-    """
-    return int(fingerprint({"content": dict(content), "purpose": purpose})[:8], 16) >> 1
+        content = {
+            "minima": [[spec.label, spec.content] for spec in self.minima],
+            "conditions": [spec.content for spec in self.conditions],
+        }
+        return fingerprint(content | ({"ramps": [spec.content for spec in self.ramps]} if self.ramps else {}))
 
 
 def read_study(path: str | Path, *, seed: int | None = None) -> Study:
@@ -176,20 +107,20 @@ def read_study(path: str | Path, *, seed: int | None = None) -> Study:
             contents[spec.identity] = spec.label
             labels.add(spec.label)
         conditions = [spec for place, part in enumerate(file.escape) for spec in _conditions(part, place, minima)]
-        seen: set[str] = set()
-        for condition in conditions:
-            if condition.identity in seen:
-                raise InputError(f"[[escape]]: this condition occurs twice: {describe(condition)}")
-            seen.add(condition.identity)
+        ramps = [spec for place, part in enumerate(file.ramps) for spec in _ramps(part, place, minima)]
+        _check_unique("[[escape]]: this condition", conditions)
+        _check_unique("[[ramps]]: this ramp", ramps)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Study(path, file, minima, conditions)
+    return Study(path, file, minima, conditions, ramps)
 
 
-def describe(condition: ConditionSpec) -> str:
-    """Return a readable name, such as ``m1 η=0.05 B=8 c=2 quasi_stationary``."""
-    given = f"η={condition.learning_rate:g}" if condition.learning_rate is not None else f"T={condition.temperature:g}"
-    return f"{condition.minimum.label} {given} B={condition.batch_size} c={condition.threshold:g} {condition.start}"
+def _check_unique(what: str, specs: Sequence[ConditionSpec | RampSpec]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.identity in seen:
+            raise InputError(f"{what} occurs twice: {describe(spec)}")
+        seen.add(spec.identity)
 
 
 def _grid(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -229,11 +160,7 @@ def _minima(file: StudyFile, section: MinimaSection) -> Iterator[MinimumSpec]:
 
 
 def _conditions(section: EscapeSection, place: int, minima: Sequence[MinimumSpec]) -> Iterator[ConditionSpec]:
-    for pattern in section.minima:
-        if not any(fnmatchcase(spec.label, pattern) for spec in minima):
-            labels = ", ".join(spec.label for spec in minima[:20])
-            raise InputError(f"[[escape]] number {place + 1}: minima = {pattern!r} matches none of: {labels}")
-    chosen = [spec for spec in minima if any(fnmatchcase(spec.label, pattern) for pattern in section.minima)]
+    chosen = _chosen(section.minima, minima, f"[[escape]] number {place + 1}")
     settings = section.model_dump(
         include={"replicas", "steps", "check_interval", "with_replacement", "burn_in", "looks"}
     )
@@ -249,3 +176,29 @@ def _conditions(section: EscapeSection, place: int, minima: Sequence[MinimumSpec
             yield ConditionSpec(
                 minimum, **point, settings=settings, content={"minimum": minimum.content, **point, **settings}
             )
+
+
+def _ramps(section: RampSection, place: int, minima: Sequence[MinimumSpec]) -> Iterator[RampSpec]:
+    relative = section.learning_rate is None
+    low, high = section.learning_rate or section.relative or []
+    fixed: dict[str, Any] = {"bounds": (low, high), "relative": relative, "levels": section.levels}
+    fixed["spacing"] = section.spacing
+    settings = section.model_dump(include={"runs", "steps_per_level", "check_interval", "with_replacement"})
+    choices: dict[str, Sequence[Any]] = {
+        "batch_size": section.batch_size,
+        "threshold": section.threshold or [None],
+        "jump_factor": section.jump_factor or [None],
+    }
+    for minimum in _chosen(section.minima, minima, f"[[ramps]] number {place + 1}"):
+        for point in _grid(choices):
+            content = {"minimum": minimum.content, **fixed, **point, **settings}
+            yield RampSpec(minimum, **fixed, **point, settings=settings, content=content)
+
+
+def _chosen(patterns: Sequence[str], minima: Sequence[MinimumSpec], where: str) -> list[MinimumSpec]:
+    """The minima whose label matches one of the patterns, each of which must match one."""
+    for pattern in patterns:
+        if not any(fnmatchcase(spec.label, pattern) for spec in minima):
+            labels = ", ".join(spec.label for spec in minima[:20])
+            raise InputError(f"{where}: minima = {pattern!r} matches none of: {labels}")
+    return [spec for spec in minima if any(fnmatchcase(spec.label, pattern) for pattern in patterns)]

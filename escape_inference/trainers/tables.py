@@ -10,8 +10,10 @@ import pandas as pd
 from escape_inference.errors import InputError
 from escape_inference.table import read_measurements
 from escape_inference.trainers.escape import EscapeRecord
+from escape_inference.trainers.ramp import RampRecord
+from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe
 from escape_inference.trainers.storage import Campaign
-from escape_inference.trainers.study import ConditionSpec, MinimumSpec, Study, describe
+from escape_inference.trainers.study import Study
 
 COVARIATES = ["hessian_minimum", "hessian_minimum_se", "effective_dimension"]
 COLUMNS = [
@@ -32,8 +34,8 @@ NEGLIGIBLE = 1e-3
 """A relative standard error of h* below this is left out of the table (it is in ``minima.csv``)."""
 
 
-def part_name(kind: str, spec: MinimumSpec | ConditionSpec) -> str:
-    """Return the name of the part that holds a minimum or a condition."""
+def part_name(kind: str, spec: MinimumSpec | ConditionSpec | RampSpec) -> str:
+    """Return the name of the part that holds a minimum, a condition or a ramp."""
     return f"{kind}-{spec.identity[:16]}"
 
 
@@ -80,8 +82,23 @@ def summary(measured: EscapeRecord) -> dict[str, Any]:
     }
 
 
+def ramp_summary(measured: RampRecord) -> dict[str, Any]:
+    """Return what ``ramps.csv`` says about one ramp: the median critical learning rate and its 95 % interval."""
+    ends = (measured.median, measured.median_lower, measured.median_upper)
+    names = ("critical_learning_rate", "critical_learning_rate_lower", "critical_learning_rate_upper")
+    after = measured.critical["afterwards"].value_counts()
+    return {
+        "runs": len(measured.critical),
+        "jumped": int(measured.critical["jumped"].sum()),
+        **{name: float(after.get(name, 0)) for name in ("stayed", "returned", "diverged")},
+        **dict(zip(names, ends, strict=True)),
+        "note": "; ".join(measured.warnings),
+        "seconds": round(float(measured.seconds), 2),
+    }
+
+
 def write_tables(campaign: Campaign, plan: Study) -> Path:
-    """Write ``minima.csv``, ``conditions.csv``, ``trends.csv`` and, last, ``measurements.parquet``.
+    """Write ``minima.csv``, ``conditions.csv``, ``trends.csv``, those of the ramps and, last, ``measurements.parquet``.
 
     Returns:
         Path of ``measurements.parquet``.
@@ -107,16 +124,53 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
         if folder is not None and record["status"] == "measured":
             label = {"minimum": name, "condition": describe(condition), "learning_rate": record["learning_rate"]}
             trends.append(pd.read_csv(folder / "trend.csv").assign(**label))
-            covariates = {key: known[name].get(key) for key in COVARIATES}
-            rows.append(pd.read_parquet(folder / "rows.parquet").assign(minimum=name, **covariates))
+            rows.append(_rows(folder, name, known))
+    rows += _write_ramps(campaign, plan, known)
     _write_csv(campaign, "minima.csv", pd.DataFrame(minima))
-    _write_csv(campaign, "conditions.csv", pd.DataFrame(conditions))
-    _write_csv(
-        campaign, "trends.csv", pd.concat(trends, ignore_index=True) if trends else pd.DataFrame({"condition": []})
-    )
+    if conditions:
+        _write_csv(campaign, "conditions.csv", pd.DataFrame(conditions))
+    if trends:
+        _write_csv(campaign, "trends.csv", pd.concat(trends, ignore_index=True))
     if not rows:
-        raise InputError(f"{campaign.output}: no condition gave a usable run; conditions.csv says why")
+        raise InputError(f"{campaign.output}: nothing gave a usable run; minima.csv and conditions.csv say why")
     return _write_measurements(campaign, pd.concat(rows, ignore_index=True))
+
+
+def _rows(folder: Path, minimum: str, known: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The rows of a finished part, with what is known of its minimum."""
+    covariates = {key: known[minimum].get(key) for key in COVARIATES}
+    return pd.read_parquet(folder / "rows.parquet").assign(minimum=minimum, **covariates)
+
+
+def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any]]) -> list[pd.DataFrame]:
+    """Write the tables of the ramps, if there are any, and return their rows for the table of all runs."""
+    ramps, critical, rows = [], [], []
+    for spec in plan.ramps:
+        name, folder = spec.minimum.label, campaign.finished(part_name("ramp", spec))
+        record = {"status": "minimum failed"} if folder is None else read_record(folder)
+        record.pop("seconds", None)
+        label = {"ramp": describe(spec), "minimum": name}
+        covariates = {key: known[name].get(key) for key in ("loss_minimum", *COVARIATES)}
+        limit = 2 / covariates["hessian_minimum"] if covariates["hessian_minimum"] else None
+        ramps.append(
+            label
+            | {"batch_size": spec.batch_size, "threshold": spec.threshold, "jump_factor": spec.jump_factor}
+            | {"levels": spec.levels, "spacing": spec.spacing, "steps_per_level": spec.settings["steps_per_level"]}
+            | covariates
+            | {"gradient_descent_limit": limit}
+            | record
+        )
+        if folder is not None:
+            own = pd.read_parquet(folder / "critical.parquet")
+            critical.append(own.assign(**label, **covariates)[[*label, *own.columns, *covariates]])
+            rows.append(_rows(folder, name, known))
+    if ramps:
+        _write_csv(campaign, "ramps.csv", pd.DataFrame(ramps))
+    if critical:
+        table = pd.concat(critical, ignore_index=True)
+        _write_csv(campaign, "critical_learning_rates.csv", table)
+        campaign.write_table("critical_learning_rates.parquet", lambda partial: table.to_parquet(partial, index=False))
+    return rows
 
 
 def _write_csv(campaign: Campaign, name: str, frame: pd.DataFrame) -> None:

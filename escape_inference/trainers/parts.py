@@ -1,0 +1,181 @@
+"""The parts of a campaign: each measures one thing and is on the disk before the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from escape_inference.errors import InputError
+from escape_inference.trainers.datasets import Dataset
+from escape_inference.trainers.escape import UnstableMinimum, measure_escape
+from escape_inference.trainers.hessian import top_hessian
+from escape_inference.trainers.minimum import Minimum, train_minimum
+from escape_inference.trainers.networks import Network
+from escape_inference.trainers.ramp import measure_ramp
+from escape_inference.trainers.schema import HessianSection
+from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, derived_seed, describe
+from escape_inference.trainers.storage import Campaign
+from escape_inference.trainers.tables import part_name, ramp_summary, read_record, record_writer, summary
+
+Report = Callable[[int, int, str], None]
+Writers = dict[str, Callable[[Path], object]]
+
+
+@dataclass
+class World:
+    """Data and network of one or more minima, and the loss."""
+
+    data: Dataset
+    network: Network
+    loss: Any
+    trained: dict[str, Minimum] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> tuple[Any, Any]:
+        """Inputs and targets."""
+        return self.data.inputs, self.data.targets
+
+    def minimum(self, label: str, folder: Path) -> Minimum:
+        """The trained minimum that a finished part holds, read once."""
+        if label not in self.trained:
+            self.trained[label] = Minimum.load(folder / "minimum.npz", self.network.init(jax.random.key(0)))
+        return self.trained[label]
+
+
+def minimum_part(campaign: Campaign, spec: MinimumSpec, world: World, hessian: HessianSection, report: Report) -> None:
+    """Train one minimum and measure its spectrum, unless that is done."""
+    part = part_name("minimum", spec)
+    report(0, 1, f"minimum {spec.label}")
+    if campaign.finished(part) is None:
+        params = world.network.init(jax.random.key(derived_seed(spec.content, "initial parameters")))
+        record: dict[str, Any] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+        writers: Writers = {"record.json": record_writer(record)}
+        try:
+            minimum = train_minimum(
+                world.network.apply,
+                params,
+                *world.problem,
+                **spec.settings,
+                loss=world.loss,
+                seed=derived_seed(spec.content, "training"),
+                progress=report,
+            )
+        except InputError as error:
+            record |= {"status": "failed", "note": str(error)}
+        else:
+            record |= {"status": "trained", "note": ""} | _spectrum(spec, world, minimum, hessian, record["parameters"])
+            writers["minimum.npz"] = minimum.save
+        campaign.finish(part, writers | {"record.json": record_writer(record)})
+    report(1, 1, f"minimum {spec.label}")
+
+
+def _spectrum(
+    spec: MinimumSpec, world: World, minimum: Minimum, hessian: HessianSection, parameters: int
+) -> dict[str, Any]:
+    """What the record of a minimum says about its loss and its Hessian."""
+    spectrum = top_hessian(
+        world.network.apply,
+        minimum,
+        *world.problem,
+        k=min(hessian.eigenvalues, parameters),
+        subsample=hessian.subsample,
+        loss=world.loss,
+        seed=derived_seed(spec.content, "hessian"),
+    )
+    dimensions = {"unknown": None, "parameters": parameters, "outliers": spectrum.outliers}
+    return {
+        "note": "" if spectrum.converged[0] else "the top Hessian eigenvalue did not converge",
+        "loss_minimum": float(minimum.loss_minimum),
+        "gradient_norm": float(minimum.gradient_norm),
+        "hessian_minimum": float(spectrum.top),
+        "hessian_minimum_se": float(spectrum.top_se),
+        "effective_dimension": dimensions[hessian.effective_dimension],
+        "outliers": int(spectrum.outliers),
+        "eigenvalues": [float(value) for value in spectrum.eigenvalues],
+    }
+
+
+def condition_part(campaign: Campaign, spec: ConditionSpec, world: World, report: Report) -> None:
+    """Time the escapes under one condition, unless that is done or its minimum could not be trained."""
+
+    def measure(minimum: Minimum, known: dict[str, Any]) -> tuple[dict[str, Any], Writers]:
+        learning_rate = spec.learning_rate_at(known["hessian_minimum"])
+        try:
+            measured = measure_escape(
+                world.network.apply,
+                minimum,
+                *world.problem,
+                learning_rate=learning_rate,
+                batch_size=spec.batch_size,
+                loss_barrier=spec.threshold * known["loss_minimum"],
+                start=spec.start,
+                **spec.settings,
+                loss=world.loss,
+                seed=derived_seed(spec.content, "escape"),
+                hessian_minimum=known["hessian_minimum"],
+                run_prefix=f"{spec.identity[:6]}-",
+                progress=report,
+            )
+        except UnstableMinimum as error:
+            return {"status": "unstable", "learning_rate": learning_rate, "note": str(error)}, {}
+        record = {"status": "measured", "learning_rate": learning_rate, **summary(measured)}
+        return record, {
+            "rows.parquet": lambda path: measured.rows.to_parquet(path, index=False),
+            "trend.csv": lambda path: measured.trend.to_csv(path, index=False),
+        }
+
+    _measured_part(campaign, "condition", spec, world, report, measure)
+
+
+def ramp_part(campaign: Campaign, spec: RampSpec, world: World, report: Report) -> None:
+    """Drive one ramp of the learning rate, unless that is done or its minimum could not be trained."""
+
+    def measure(minimum: Minimum, known: dict[str, Any]) -> tuple[dict[str, Any], Writers]:
+        measured = measure_ramp(
+            world.network.apply,
+            minimum,
+            *world.problem,
+            batch_size=spec.batch_size,
+            learning_rates=spec.learning_rates_at(known["hessian_minimum"]),
+            loss_barrier=None if spec.threshold is None else spec.threshold * known["loss_minimum"],
+            jump_factor=spec.jump_factor,
+            **spec.settings,
+            loss=world.loss,
+            seed=derived_seed(spec.content, "ramp"),
+            hessian_minimum=known["hessian_minimum"],
+            run_prefix=f"{spec.identity[:6]}-",
+            progress=report,
+        )
+        return {"status": "measured", **ramp_summary(measured)}, {
+            "rows.parquet": lambda path: measured.rows.to_parquet(path, index=False),
+            "critical.parquet": lambda path: measured.critical.to_parquet(path, index=False),
+        }
+
+    _measured_part(campaign, "ramp", spec, world, report, measure)
+
+
+def _measured_part(
+    campaign: Campaign,
+    kind: str,
+    spec: ConditionSpec | RampSpec,
+    world: World,
+    report: Report,
+    measure: Callable[[Minimum, dict[str, Any]], tuple[dict[str, Any], Writers]],
+) -> None:
+    part, label = part_name(kind, spec), describe(spec)
+    report(0, 1, label)
+    folder = campaign.finished(part_name("minimum", spec.minimum))
+    assert folder is not None
+    known = read_record(folder)
+    if campaign.finished(part) is None and known["status"] == "trained":
+        try:
+            record, writers = measure(world.minimum(spec.minimum.label, folder), known)
+        except InputError as error:
+            kept = f"{campaign.count()} finished parts are kept"
+            raise InputError(f"{campaign.output}: {label}: {error} ({kept})") from error
+        campaign.finish(part, {"record.json": record_writer(record)} | writers)
+    report(1, 1, label)

@@ -1,0 +1,145 @@
+"""One piece of a study each: a minimum to train, a condition to time, a ramp to drive; and what it is known by."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from numpy import ndarray
+
+from escape_inference.trainers.ramp import learning_rate_levels
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON-able value, whatever the order of its keys.
+
+    >>> fingerprint({"a": 1, "b": 2.5}) == fingerprint({"b": 2.5, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def derived_seed(content: Mapping[str, Any], purpose: str) -> int:
+    """Return a seed below 2³¹ that depends on the content and the purpose alone.
+
+    >>> derived_seed({"learning_rate": 0.1}, "training")
+    1719296756
+    """
+    return int(fingerprint({"content": dict(content), "purpose": purpose})[:8], 16) >> 1
+
+
+@dataclass(frozen=True)
+class MinimumSpec:
+    """One minimum to train.
+
+    Attributes:
+        label: its name in the table.
+        settings: arguments of the training: learning_rate, batch_size, steps, with_replacement, polish_steps,
+            polish_learning_rate.
+        data_options: options of the data set, complete.
+        content: everything that the trained minimum depends on.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    data_options: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.content)
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """One condition to measure.
+
+    Attributes:
+        minimum: the minimum that the runs start from.
+        learning_rate: η, or None when the temperature is given.
+        temperature: T = η h*/B, or None when η is given.
+        batch_size: B.
+        threshold: c, the loss barrier over the loss minimum.
+        start: ``quasi_stationary`` or ``minimum``.
+        settings: other arguments of the measurement: replicas, steps, check_interval, with_replacement, burn_in, looks.
+        content: everything that the measurement depends on.
+    """
+
+    minimum: MinimumSpec
+    learning_rate: float | None
+    temperature: float | None
+    batch_size: int
+    threshold: float
+    start: str
+    settings: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.content)
+
+    def learning_rate_at(self, hessian_minimum: float) -> float:
+        """Return η: as given, or T B/h* to three digits.
+
+        Args:
+            hessian_minimum: h* of the minimum, 1/time.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        assert self.temperature is not None
+        return float(f"{self.temperature * self.batch_size / hessian_minimum:.3g}")
+
+
+@dataclass(frozen=True)
+class RampSpec:
+    """One ramp of the learning rate to drive.
+
+    Attributes:
+        minimum: the minimum that the runs start from.
+        bounds: lowest and highest η, time per iteration; or, if ``relative``, over 2/h* of the minimum.
+        relative: are the bounds in units of 2/h*, where gradient descent itself becomes unstable?
+        levels: how many.
+        spacing: ``geometric`` or ``linear``.
+        batch_size: B.
+        threshold: c, the loss of a jump over the loss minimum; or None when ``jump_factor`` is given.
+        jump_factor: the loss of a jump over the running loss; or None.
+        settings: other arguments of the measurement: runs, steps_per_level, check_interval, with_replacement.
+        content: everything that the measurement depends on.
+    """
+
+    minimum: MinimumSpec
+    bounds: tuple[float, float]
+    relative: bool
+    levels: int
+    spacing: str
+    batch_size: int
+    threshold: float | None
+    jump_factor: float | None
+    settings: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.content)
+
+    def learning_rates_at(self, hessian_minimum: float) -> Float[ndarray, " j"]:
+        """Return η of each level; ``hessian_minimum`` is h* of the minimum, 1/time."""
+        unit = 2 / hessian_minimum if self.relative else 1.0
+        low, high = self.bounds
+        return learning_rate_levels(low * unit, high * unit, self.levels, self.spacing)
+
+
+def describe(condition: ConditionSpec | RampSpec) -> str:
+    """Return a readable name, such as ``m1 η=0.05 B=8 c=2 quasi_stationary`` or ``m1 ramp B=8 c=50``."""
+    if isinstance(condition, RampSpec):
+        jump = f"c={condition.threshold:g}" if condition.threshold is not None else f"factor={condition.jump_factor:g}"
+        unit = "·2/h*" if condition.relative else ""
+        low, high = condition.bounds
+        return f"{condition.minimum.label} ramp η={low:g}-{high:g}{unit} B={condition.batch_size} {jump}"
+    given = f"η={condition.learning_rate:g}" if condition.learning_rate is not None else f"T={condition.temperature:g}"
+    return f"{condition.minimum.label} {given} B={condition.batch_size} c={condition.threshold:g} {condition.start}"
