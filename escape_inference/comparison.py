@@ -26,7 +26,7 @@ from escape_inference.cross_validation import (
     with_refits,
 )
 from escape_inference.evidence import Evidence, agree, bridge_log_evidence
-from escape_inference.exploration import Problem, densities, evaluate_points
+from escape_inference.exploration import Problem, densities
 from escape_inference.inference import (
     CHAINS,
     DRAWS,
@@ -37,6 +37,7 @@ from escape_inference.inference import (
     build_problem,
     fit_law,
     fit_tree,
+    model_at,
     prepare,
     run_chains,
 )
@@ -134,14 +135,16 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
     name, everything = problem.law.name, np.ones(problem.observed.escapes.shape[0])
     say(f"{name}: sampling")
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    problem = fit.problem
     say(f"{name}: evidence")
 
     def run(weight: np.ndarray, width: float, seed: int) -> Draws:
         return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains)
 
     def bridge(draws: Draws, width: float) -> Evidence:
-        data = (problem.fast, problem.observed, jnp.asarray(width))
-        return bridge_log_evidence(densities(problem.law, problem.shapes)[0], draws.z, data=data, seed=seed)
+        target = problem.target
+        data = (target.inputs, problem.observed, jnp.asarray(width))
+        return bridge_log_evidence(densities(target.law, target.shapes)[0], draws.z, data=data, seed=seed)
 
     evidence, loo = {1.0: bridge(fit.draws, 1.0)}, {}
     sources: dict[float, tuple[Draws, np.ndarray, float]] = {}
@@ -176,12 +179,15 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
 
 def _log_prior_ratio(problem: Problem, draws: Draws, width: float) -> np.ndarray:
     """Log of the prior density at prior widths × ``width`` over the density at ×1, for every draw."""
-    if width == 1.0:
-        return np.zeros(int(np.prod(draws.z.shape[:2])))
-    log_prior = densities(problem.law, problem.shapes)[1]
-    flat = jnp.asarray(draws.z.reshape(-1, draws.z.shape[-1]))
+    flat = draws.z.reshape(-1, draws.z.shape[-1])
+    target = problem.target
+    if target.inputs.surrogate is not None:  # independent standard normals, of which idle ones must not add noise
+        used = flat[:, target.used]
+        return np.sum(0.5 * used**2 * (1 - 1 / width**2) - np.log(width), axis=1)
+    log_prior = densities(target.law, target.shapes)[1]
     at = [
-        _map_points(log_prior, flat, (problem.fast, problem.observed, jnp.asarray(factor))) for factor in (width, 1.0)
+        _map_points(log_prior, jnp.asarray(flat), (target.inputs, problem.observed, jnp.asarray(factor)))
+        for factor in (width, 1.0)
     ]
     return np.asarray(at[0] - at[1])
 
@@ -200,9 +206,7 @@ def _reweighted(evidence: Evidence, log_weight: np.ndarray) -> Evidence:
 
 
 def _log_likelihood(problem: Problem, run: Draws) -> np.ndarray:
-    flat = jnp.asarray(run.z.reshape(-1, run.z.shape[-1]))
-    value = evaluate_points(flat, problem.fast, problem.observed, law=problem.law, shapes=problem.shapes)
-    return np.asarray(value.log_likelihood).reshape(*run.z.shape[:2], -1)
+    return model_at(problem, problem.near_inputs, problem.target.to_model(run.z)).log_likelihood
 
 
 def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:

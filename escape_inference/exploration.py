@@ -11,23 +11,34 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from escape_inference.evidence import Evidence, smc
-from escape_inference.law import Law
-from escape_inference.likelihood import Observations
-from escape_inference.model import Evaluation, Inputs, evaluate, sample_prior
+from escape_inference.law import Law, Parameter
+from escape_inference.likelihood import Observations, marginal_log_likelihood
+from escape_inference.model import Evaluation, Inputs, discrepancy_of, evaluate, known_settings, sample_prior
 from escape_inference.sampler import Shapes
-from escape_inference.surrogate import (
-    NEAR_NODES,
-    NEAR_SDS,
-    WIDE_NODES,
-    WIDE_SDS,
-    Surrogate,
-    chebyshev_coefficients,
-    chebyshev_points,
-)
+from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 
 FEW_DIMENSIONS = 7
-BLOCK = 100
+PARTICLES = 2000
+BLOCK = 500
+NEAR_SDS, WIDE_SDS = 8.0, 3.5
 LOG_DIMENSIONS = (float(np.log(0.05)), float(np.log(200.0)))
+SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A posterior as samplers see it; ``offset + scale · z[used]`` is the same point in the unconstrained space of the law."""
+
+    law: Law
+    inputs: Inputs
+    shapes: Shapes
+    used: np.ndarray
+    offset: np.ndarray
+    scale: np.ndarray
+
+    def to_model(self, z: Float[np.ndarray, "... slot"]) -> Float[np.ndarray, "... dim"]:
+        """Points in the unconstrained space of the law."""
+        return self.offset + self.scale * np.asarray(z)[..., self.used]
 
 
 @dataclass(frozen=True)
@@ -37,36 +48,71 @@ class Problem:
     Attributes:
         law, inputs, observed: as in :func:`~escape_inference.model.escape_model`.
         shapes: shape of every sampled site and whether it is positive.
-        fast: ``inputs`` with the law's rates as Chebyshev polynomials near the posterior, where that saves time.
+        prior_inputs, near_inputs: ``inputs`` with the law's rates as polynomials over the prior and near the posterior.
+        target: what samplers see: the law's rates near the posterior as polynomials of standard normal slots, or the law itself
+            where the settings are latent or the law has more than three parameters.
         evidence: log evidence by tempered Monte Carlo.
-        particles: draws close to the posterior, ``[particle, dim]``, of equal weight.
+        particles: points of ``target`` close to the posterior, ``[particle, slot]``, of equal weight.
     """
 
     law: Law
     inputs: Inputs
     observed: Observations
     shapes: Shapes
-    fast: Inputs
+    prior_inputs: Inputs
+    near_inputs: Inputs
+    target: Target
     evidence: Evidence
-    particles: Float[np.ndarray, "particle dim"]
+    particles: Float[np.ndarray, "particle slot"]
 
 
 def explore(law: Law, inputs: Inputs, observed: Observations, shapes: Shapes, seed: int) -> Problem:
     """Run tempered Monte Carlo from the prior and prepare the sampler."""
-    _, log_prior, log_likelihood, from_prior = densities(law, shapes)
-    dim = int(sum(np.prod(shape) for _, (shape, _) in shapes))
-    size = 1024 if dim <= FEW_DIMENSIONS else 2048
+    itself = _itself(law, inputs, shapes)
+    dim = len(itself.used)
     nothing = Evidence(float("nan"), float("nan"), "none")
-    prior = np.asarray(sample_prior(jax.random.key(seed), law, inputs, observed, 2000))
-    problem = Problem(law, inputs, observed, shapes, inputs, nothing, prior)
-    data = (with_surrogate(problem, prior, wide=True), observed, jnp.asarray(1.0))
+    problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
+    if _can_be_tabulated(law, inputs, shapes):
+        offset, scale = _prior_scales(law, inputs)
+        table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
+        if table is not None:
+            problem = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
+    target = problem.target
+    _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
+    size = 1024 if dim <= FEW_DIMENSIONS else 2048
+    data = (target.inputs, observed, jnp.asarray(1.0))
     evidence, outcome = smc(log_prior, log_likelihood, from_prior, data, seed, particles=size)
-    z, weight = np.asarray(outcome.particles).reshape(-1, dim), np.asarray(outcome.weights).ravel()
+    z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
+    weight = np.asarray(outcome.weights).ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)
-    particles = z[good][rng.choice(good.sum(), 2000, p=weight[good] / weight[good].sum())]
-    problem = replace(problem, evidence=evidence, particles=particles)
-    return replace(problem, fast=with_surrogate(problem, particles, wide=False))
+    particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
+    return focus(replace(problem, evidence=evidence, particles=particles), particles)
+
+
+def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
+    """The same problem with the law's rates tabulated around some points of the target, if they are tabulated at all."""
+    target = problem.target
+    if target.inputs.surrogate is None:
+        return problem
+    z = target.to_model(points)
+    table = with_surrogate(problem, z.mean(axis=0), NEAR_SDS * z.std(axis=0) + 1e-6, "near")
+    if table is None:
+        return problem
+    slots = _slots(table, problem.law, target.offset, target.scale)
+    return replace(problem, near_inputs=table, target=slots)
+
+
+def untabulated(problem: Problem) -> Problem:
+    """The same problem with the law itself in place of its table."""
+    target = _itself(problem.law, problem.inputs, problem.shapes)
+    particles = problem.target.to_model(problem.particles)
+    return replace(problem, near_inputs=problem.inputs, target=target, particles=particles)
+
+
+def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:
+    dim = int(sum(np.prod(shape) for _, (shape, _) in shapes))
+    return Target(law, inputs, shapes, np.arange(dim), np.zeros(dim), np.ones(dim))
 
 
 @lru_cache(maxsize=64)
@@ -76,19 +122,20 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
     Their identity is stable, so that nothing compiles twice; ``data`` is ``(inputs, observed, width)``.
     """
 
-    def value(z: Array, data: Any) -> Evaluation:
+    @jax.jit  # traced once, however often a sampler refers to it
+    def value(z: Array, data: Any) -> tuple[Array, Array]:
         inputs, observed, width = data
-        return evaluate(z, law, dict(shapes), inputs, observed, width)
+        one = evaluate(z, law, dict(shapes), inputs, observed, width)
+        return one.log_prior, jnp.sum(jnp.where(observed.weight > 0, one.log_likelihood, 0.0))
 
     def log_prior(z: Array, data: Any) -> Array:
-        return value(z, data).log_prior
+        return value(z, data)[0]
 
     def log_likelihood(z: Array, data: Any) -> Array:
-        return jnp.sum(value(z, data).log_likelihood)
+        return value(z, data)[1]
 
     def log_joint(z: Array, data: Any) -> Array:
-        one = value(z, data)
-        return one.log_prior + jnp.sum(one.log_likelihood)
+        return sum(value(z, data), jnp.zeros(()))
 
     def from_prior(key: Array, data: Any) -> Array:
         inputs, observed, width = data
@@ -113,49 +160,125 @@ def _evaluate_block(z: Array, inputs: Inputs, observed: Observations, law: Law, 
     return jax.vmap(lambda point: evaluate(point, law, dict(shapes), inputs, observed))(z)
 
 
-def with_surrogate(problem: Problem, points: Float[np.ndarray, "point dim"], *, wide: bool) -> Inputs:
-    """Inputs with the law's rates as Chebyshev polynomials around some points, or unchanged where that is no help.
-
-    It helps for thresholds, with one to three parameters and exactly known settings.
-    """
-    inputs, law = problem.inputs, problem.law
-    names = [p.name for p in law.parameters_for(inputs.barriers) if p.name in dict(problem.shapes)]
-    latent = len(problem.shapes) > len(names) + 2
-    if "threshold" not in inputs.barriers or latent or len(names) not in NEAR_NODES:
-        return inputs
-    order = [name for name, _ in problem.shapes]
-    where = [order.index(name) for name in names]
-    reach = (WIDE_SDS if wide else NEAR_SDS) * points.std(axis=0) + 1e-6
-    low, high = points.mean(axis=0) - reach, points.mean(axis=0) + reach
-    if "effective_dimension" in names:
-        i = order.index("effective_dimension")
-        low[i], high[i] = max(low[i], LOG_DIMENSIONS[0]), min(high[i], LOG_DIMENSIONS[1])
-    center, half_width = (low + high) / 2, (high - low) / 2
-    count = (WIDE_NODES if wide else NEAR_NODES)[len(names)]
-    grid = chebyshev_points(len(names), count)
-    z = np.tile(center, (len(grid), 1))
-    z[:, where] += half_width[where] * grid
-    sites = evaluate_points(jnp.asarray(z), inputs, problem.observed, law=law, shapes=problem.shapes).sites
-    rates = np.asarray(sites["log_rate"]) - np.asarray(sites["log_prefactor"])[:, None]
-    if not np.isfinite(rates).all():
-        return inputs
-    surrogate = Surrogate(
-        center=jnp.asarray(center[where]),
-        half_width=jnp.asarray(half_width[where]),
-        coefficients=jnp.asarray(chebyshev_coefficients(rates, len(names), count)),
-        names=tuple(names),
-        positive=tuple(dict(problem.shapes)[name][1] for name in names),
-    )
-    return replace(inputs, surrogate=surrogate)
-
-
-def density_error(problem: Problem, z: Float[np.ndarray, "draw dim"]) -> float:
-    """Largest error of the fast log-likelihood at some points, apart from a constant."""
-    if problem.fast.surrogate is None:
+def table_error(problem: Problem, z: Float[np.ndarray, "draw slot"]) -> float:
+    """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant."""
+    table = problem.target.inputs.surrogate
+    if table is None:
         return 0.0
-    exact, fast = (
-        evaluate_points(jnp.asarray(z), inputs, problem.observed, law=problem.law, shapes=problem.shapes)
-        for inputs in (problem.inputs, problem.fast)
-    )
-    error = np.asarray(exact.log_likelihood - fast.log_likelihood).sum(axis=1)
+    points = problem.target.to_model(z)
+    count = len(_tabulated(problem.law, problem.inputs))
+    exact = _law_rates(problem, points)
+    slots = {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)}
+    prefactor, discrepancy = jnp.asarray(points[:, count]), discrepancy_of(jnp.asarray(points[:, count + 1]))
+    one, other = _scores(table, slots, jnp.asarray(exact), prefactor, discrepancy, problem.observed)
+    error = np.asarray(one - other)
     return float(np.max(np.abs(error - error.mean())))
+
+
+@jax.jit
+def _scores(
+    table: Surrogate, slots: dict[str, Array], exact: Array, prefactor: Array, discrepancy: Array, observed: Observations
+) -> tuple[Array, Array]:
+    def score(rate: Array, prefactor: Array, discrepancy: Array) -> Array:
+        return jnp.sum(marginal_log_likelihood(rate + prefactor, discrepancy, observed))
+
+    return tuple(jax.vmap(score)(rates, prefactor, discrepancy) for rates in (exact, jax.vmap(table)(slots)))
+
+
+def with_surrogate(
+    problem: Problem, center: Float[np.ndarray, " dim"], reach: Float[np.ndarray, " dim"], extent: str
+) -> Inputs | None:
+    """Inputs with the law's rates as polynomials over ``center ± reach``, or None where the rates are not finite there."""
+    inputs, law = problem.inputs, problem.law
+    parameters = _tabulated(law, inputs)
+    count = len(parameters)
+    low, high = center[:count] - reach[:count], center[:count] + reach[:count]
+    for i, p in enumerate(parameters):
+        if p.name == "effective_dimension":
+            low[i], high[i] = max(low[i], LOG_DIMENSIONS[0]), min(high[i], LOG_DIMENSIONS[1])
+    middle, half_width = (low + high) / 2, (high - low) / 2
+    rates = _law_rates(problem, middle + half_width * chebyshev_points(count, extent))
+    if not np.isfinite(rates).all():
+        return None
+    names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
+    return replace(inputs, surrogate=tabulate(rates, middle, half_width, names, positive, extent))
+
+
+def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Float[np.ndarray, "point condition"]:
+    """The law's own log rates at points whose first coordinates are its parameters, all conditions and points at once."""
+    law, inputs = problem.law, problem.inputs
+    values = {
+        p.name: jnp.asarray(np.exp(column) if p.positive else column)
+        for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
+    }
+    parts = []
+    for part, setting, carried in known_settings(inputs):
+        shape = (len(z), part.stop - part.start)
+        columns = {name: value[:, None] for name, value in values.items()}
+        try:
+            rates = jnp.broadcast_to(law.log_rate(columns | carried, setting), shape)
+        except (TypeError, ValueError):  # a law that cannot take a column of values for each parameter
+            rates = jax.jit(jax.vmap(lambda one: law.log_rate(one | carried, setting)))(values)  # noqa: B023
+        parts.append(np.asarray(rates))
+    return np.concatenate(parts, axis=1)
+
+
+def _tabulated(law: Law, inputs: Inputs) -> list[Parameter]:
+    """The law's sampled parameters, in the order of the unconstrained vector."""
+    carried = inputs.dimension_carried == "all"
+    return [p for p in law.parameters_for(inputs.barriers) if not (carried and p.name == "effective_dimension")]
+
+
+def _can_be_tabulated(law: Law, inputs: Inputs, shapes: Shapes) -> bool:
+    """One to three parameters, and every setting known without error."""
+    names = [p.name for p in _tabulated(law, inputs)]
+    return 1 <= len(names) <= SLOTS and [name for name, _ in shapes] == [*names, "log_prefactor", "discrepancy_base"]
+
+
+def _prior_scales(law: Law, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and standard deviations of the prior in unconstrained space."""
+    parameters = _tabulated(law, inputs)
+    medians = [float(inputs.medians[p.name]) for p in parameters]
+    centers = [np.log(m) if p.positive else m for p, m in zip(parameters, medians, strict=True)]
+    return np.array([*centers, 0.0, 0.0]), np.array([*(p.width for p in parameters), 1.0, 1.0])
+
+
+def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Target:
+    """The target of standard normal slots: equal for all laws but for the numbers in it."""
+    surrogate = table.surrogate
+    assert surrogate is not None
+    count = len(surrogate.names)
+    move = np.concatenate([offset[:count], np.zeros(SLOTS - count)])
+    stretch = np.concatenate([scale[:count], np.ones(SLOTS - count)])
+    in_slots = replace(
+        surrogate,
+        center=(surrogate.center - move) / stretch,
+        half_width=surrogate.half_width / stretch,
+        names=SLOT_NAMES,
+        positive=(False,) * SLOTS,
+    )
+    conditions = table.learning_rate.shape[0]
+    inputs = replace(
+        table,
+        surrogate=in_slots,
+        medians={name: jnp.zeros(()) for name in SLOT_NAMES},
+        groups=(("saddle", "minimum", 0, conditions),),
+        dimension_carried="none",
+    )
+    shapes = tuple((name, ((), False)) for name in (*SLOT_NAMES, "log_prefactor", "discrepancy_base"))
+    used = np.array([*range(count), SLOTS, SLOTS + 1])
+    return Target(SLOT_LAW, inputs, shapes, used, offset, scale)
+
+
+def _not_evaluated(*_: Any) -> Array:
+    return jnp.zeros(())
+
+
+SLOT_LAW = Law(
+    name="tabulated",
+    title="a law as a table",
+    source="the law that was tabulated",
+    parameters=tuple(Parameter(name, 0.0, 1.0, "in units of the prior", positive=False) for name in SLOT_NAMES),
+    log_rate=_not_evaluated,
+    temperature=_not_evaluated,
+)

@@ -16,10 +16,18 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import Problem, density_error, evaluate_points, explore, with_surrogate
+from escape_inference.exploration import Problem, densities, evaluate_points, explore, focus, table_error, untabulated
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
-from escape_inference.model import build_inputs, build_observations, sample_prior, site_shapes, sort_conditions
+from escape_inference.model import (
+    Evaluation,
+    Inputs,
+    build_inputs,
+    build_observations,
+    sample_prior,
+    site_shapes,
+    sort_conditions,
+)
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
 from escape_inference.sampler import Draws, sample
@@ -27,8 +35,9 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-SURROGATE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from the fast form of a law
+TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
 CHECKED_DRAWS = 200
+PRIOR_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -115,24 +124,23 @@ def run_chains(
     draws: int = DRAWS,
     warmup: int = WARMUP,
     chains: int = CHAINS,
-    exact: bool = False,
 ) -> Draws:
     """Sample the posterior; ``weight`` 0 leaves a condition out, ``width`` multiplies the prior's standard deviations.
 
     Neither compiles anew.
     """
     rng = np.random.default_rng(seed)
+    target = problem.target
     start = problem.particles[rng.choice(len(problem.particles), chains, replace=False)]
     covariance = np.atleast_2d(np.cov(problem.particles.T)) + 1e-10 * np.eye(start.shape[1])
     result = sample(
         jax.random.split(jax.random.key(seed), chains),
         jnp.asarray(start),
         jnp.asarray(covariance),
-        problem.inputs if exact else problem.fast,
+        target.inputs,
         replace(problem.observed, weight=jnp.asarray(weight, float)),
         jnp.asarray(width, float),
-        law=problem.law,
-        shapes=problem.shapes,
+        log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,
         draws=draws,
     )
@@ -140,34 +148,35 @@ def run_chains(
 
 
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
-    """Sample the posterior; again and longer if the sampler did not converge, or with the exact law if its fast form is off."""
+    """Sample the posterior; once more where it is not where it was expected, or longer if the sampler did not converge.
+
+    A table of the law's rates that is off at the draws is made anew around them, and given up if that does not help.
+    """
     everything = np.ones(problem.observed.escapes.shape[0])
-    run = run_chains(problem, everything, seed=seed, draws=draws, warmup=warmup, chains=chains)
-    fit, error = summarise(problem, run)
-    exact = error > SURROGATE_TOLERANCE
-    if exact or not fit.convergence.trustworthy:
-        longer = warmup if exact else 4 * warmup
-        run = run_chains(problem, everything, seed=seed + 1, draws=draws, warmup=longer, chains=chains, exact=exact)
-        fit, _ = summarise(problem, run)
-    return fit
+    for attempt in range(3):
+        run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
+        points = run.z.reshape(-1, run.z.shape[-1])
+        convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
+        off = table_error(problem, points[:: max(1, len(points) // CHECKED_DRAWS)]) > TABLE_TOLERANCE
+        if attempt == 2 or not (off or not convergence.trustworthy):
+            break
+        if off:
+            problem = focus(problem, points) if attempt == 0 else untabulated(problem)
+        else:
+            warmup *= 4
+    return summarise(problem, run, convergence)
 
 
-def summarise(problem: Problem, draws: Draws) -> tuple[Fit, float]:
-    """Diagnostics and exact values of a finished run, and the largest error of the log density that was sampled."""
-    convergence = check_convergence(draws.z, draws.diverging, draws.energy)
-    shape = draws.z.shape[:2]
-    flat = draws.z.reshape(-1, draws.z.shape[-1])
-    error = density_error(problem, flat[:: max(1, len(flat) // CHECKED_DRAWS)])
-    value = evaluate_points(
-        jnp.asarray(flat),
-        problem.inputs if error > SURROGATE_TOLERANCE else problem.fast,
-        problem.observed,
-        law=problem.law,
-        shapes=problem.shapes,
-    )
-    unflat = lambda x: np.asarray(x).reshape(*shape, *x.shape[1:])
-    sites = {k: unflat(v) for k, v in value.sites.items()}
-    return Fit(problem, draws, convergence, unflat(value.log_likelihood), sites), error
+def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
+    """Log-likelihoods and named values at every draw of a finished run."""
+    value = model_at(problem, problem.near_inputs, problem.target.to_model(draws.z))
+    return Fit(problem, draws, convergence, value.log_likelihood, value.sites)
+
+
+def model_at(problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"]) -> Evaluation:
+    """The model at draws of the law's unconstrained space, arrays ``[chain, draw, ...]``."""
+    value = evaluate_points(z.reshape(-1, z.shape[-1]), inputs, problem.observed, law=problem.law, shapes=problem.shapes)
+    return jax.tree.map(lambda x: x.reshape(*z.shape[:2], *x.shape[1:]), value)
 
 
 @jax.jit
@@ -184,28 +193,26 @@ def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     problem = fit.problem
     key = jax.random.fold_in(jax.random.key(seed), 3)
     chains, draws = fit.draws.z.shape[:2]
-    prior_z = sample_prior(jax.random.key(seed), problem.law, problem.inputs, problem.observed, 1000)
-    prior_sites = evaluate_points(
-        prior_z,
-        with_surrogate(problem, np.asarray(prior_z), wide=True),
-        problem.observed,
-        law=problem.law,
-        shapes=problem.shapes,
-    ).sites
+    target = problem.target
+    rng = np.random.default_rng(seed)
+    if target.inputs.surrogate is not None:
+        prior_z = rng.normal(size=(PRIOR_DRAWS, target.used.max() + 1))
+    else:
+        prior_z = sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS)
+    prior_sites = model_at(problem, problem.prior_inputs, target.to_model(prior_z)[None]).sites
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
     keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)
     residual = _residuals(keys, jnp.asarray(log_rate), jnp.asarray(sigma[:, 0]), problem.observed)
-    rng = np.random.default_rng(seed)
     predicted = replicate_escapes(rng, log_rate, sigma, problem.observed)
-    prior_rate, prior_sigma = np.asarray(prior_sites["log_rate"]), np.asarray(prior_sites["discrepancy"])[:, None]
+    prior_rate, prior_sigma = prior_sites["log_rate"][0], prior_sites["discrepancy"][0][:, None]
     prior_predicted = replicate_escapes(rng, prior_rate, prior_sigma, problem.observed)
     waiting_shape = np.ones_like(residual := np.asarray(residual).reshape(chains, draws, -1))
     for i, table in prepared.waiting.items():
-        waiting_shape[..., i] = table.sample_shape(fit.sites["log_rate"][..., i] + residual[..., i], seed=seed)
+        waiting_shape[..., i] = table.sample_shape(fit.sites["log_rate"][..., i] + residual[..., i], seed=seed + i)
     return to_tree(
         fit,
         prepared,
-        prior={k: np.asarray(v)[None] for k, v in prior_sites.items()},
+        prior=prior_sites,
         prior_predictive=prior_predicted[None],
         posterior_predictive=predicted.reshape(chains, draws, -1),
         residual=residual,

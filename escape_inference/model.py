@@ -4,7 +4,7 @@
 log-likelihood and its derived quantities at a point of unconstrained space, which is all that the samplers need.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -162,20 +162,17 @@ def parameter_values(
     for p in law.parameters_for(inputs.barriers):
         if p.name == "effective_dimension" and inputs.dimension_carried == "all":
             continue
-        name = (
-            "effective_dimension_unmeasured"
-            if (p.name, inputs.dimension_carried)
-            == (
-                "effective_dimension",
-                "some",
-            )
-            else p.name
-        )
+        some = p.name == "effective_dimension" and inputs.dimension_carried == "some"
+        name = "effective_dimension_unmeasured" if some else p.name
         values[p.name] = numpyro.sample(name, p.prior(inputs.medians[p.name], width))
     log_prefactor = numpyro.sample("log_prefactor", dist.Normal(0.0, 1.0 * width))
     base = numpyro.sample("discrepancy_base", dist.Normal(0.0, 1.0))
-    discrepancy = -MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base)
-    return values, log_prefactor, numpyro.deterministic("discrepancy", jnp.maximum(discrepancy, 1e-6))
+    return values, log_prefactor, numpyro.deterministic("discrepancy", discrepancy_of(base, width))
+
+
+def discrepancy_of(base: Float[Array, "..."], width: Float[Array, ""] | float = 1.0) -> Float[Array, "..."]:
+    """σ, exponential with mean 0.5 · ``width``, from a standard normal variable."""
+    return jnp.maximum(-MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base), 1e-6)
 
 
 def latent_log(name: str, measured: Measured) -> Float[Array, " item"]:
@@ -211,21 +208,9 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[
             numpyro.deterministic(name, jnp.exp(logs[name]))
 
     temperatures, rates = [], []
-    for barrier, start, first, last in inputs.groups:
-        part = slice(first, last)
-        setting = Setting(
-            learning_rate=jnp.asarray(inputs.learning_rate[part]),
-            batch_size=jnp.asarray(inputs.batch_size[part]),
-            check_interval=jnp.asarray(inputs.check_interval[part]),
-            loss_minimum=jnp.exp(logs["loss_minimum"])[inputs.minimum[part]],
-            log_barrier=log_barrier[inputs.level[part]],
-            hessian_minimum=jnp.exp(logs["hessian_minimum"])[inputs.minimum[part]],
-            hessian_saddle=jnp.exp(logs["hessian_saddle"])[inputs.level[part]],
-            barrier=barrier,  # type: ignore[arg-type]
-            start=start,  # type: ignore[arg-type]
-        )
+    for part, setting in _settings(inputs, logs, log_barrier):
         here = {name: value[part] if jnp.ndim(value) else value for name, value in values.items()}
-        shape = (last - first,)
+        shape = (part.stop - part.start,)
         temperatures.append(jnp.broadcast_to(law.temperature(here, setting), shape))
         if inputs.surrogate is None:
             rates.append(jnp.broadcast_to(law.log_rate(here, setting), shape))
@@ -235,6 +220,33 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[
     log_rate = numpyro.deterministic("log_rate", law_rate + log_prefactor)
     with numpyro.plate("condition", log_rate.shape[0]), handlers.mask(mask=observed.weight > 0):
         numpyro.sample("escapes", EscapeCounts(log_rate, discrepancy, observed), obs=observed.escapes)
+
+
+def known_settings(inputs: Inputs) -> Iterator[tuple[slice, Setting, dict[str, Array]]]:
+    """Conditions of one kind after the other, with what the data carry of n, where every setting is known without error."""
+    logs = {name: jnp.asarray(inputs.measured[name].center) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
+    dimension = jnp.exp(jnp.asarray(inputs.measured["effective_dimension"].center))[inputs.minimum]
+    for part, setting in _settings(inputs, logs, logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]):
+        yield part, setting, {"effective_dimension": dimension[part]} if inputs.dimension_carried == "all" else {}
+
+
+def _settings(inputs: Inputs, logs: Mapping[str, Array], log_barrier: Array) -> Iterator[tuple[slice, Setting]]:
+    for barrier, start, first, last in inputs.groups:
+        part = slice(first, last)
+        yield (
+            part,
+            Setting(
+                learning_rate=jnp.asarray(inputs.learning_rate[part]),
+                batch_size=jnp.asarray(inputs.batch_size[part]),
+                check_interval=jnp.asarray(inputs.check_interval[part]),
+                loss_minimum=jnp.exp(logs["loss_minimum"])[inputs.minimum[part]],
+                log_barrier=log_barrier[inputs.level[part]],
+                hessian_minimum=jnp.exp(logs["hessian_minimum"])[inputs.minimum[part]],
+                hessian_saddle=jnp.exp(logs["hessian_saddle"])[inputs.level[part]],
+                barrier=barrier,  # type: ignore[arg-type]
+                start=start,  # type: ignore[arg-type]
+            ),
+        )
 
 
 class Evaluation(NamedTuple):

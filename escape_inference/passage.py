@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from escape_inference.passage_edges import Vector
@@ -40,6 +41,7 @@ LOOK_SHIFT = 0.5826
 POWERS = 3
 STEPS = 3
 AGREEMENT = 0.3
+BLOCK = 2048
 Tree = TypeVar("Tree")
 
 
@@ -133,7 +135,14 @@ def _broadcast(law: Callable[[Vector, Vector, Vector, Vector], Vector], *argumen
     T, c, n, q = jnp.broadcast_arrays(*(jnp.asarray(x, float) for x in arguments))
     if T.dtype != jnp.float64:
         raise TypeError("passage rates need double precision: call them inside `with jax.enable_x64(True):`")
-    return law(T.ravel(), c.ravel() - 1, n.ravel(), q.ravel()).reshape(T.shape)
+    flat = (T.ravel(), c.ravel() - 1, n.ravel(), q.ravel())
+    if any(isinstance(x, jax.core.Tracer) for x in flat) or T.size == 0:
+        return law(*flat).reshape(T.shape)
+    # numbers at hand: blocks of one size, so that every law and every table share one compiled program
+    blocks = -(-T.size // BLOCK)
+    columns = np.stack([np.pad(np.asarray(x), (0, blocks * BLOCK - T.size), mode="edge") for x in flat])
+    parts = [law(*jnp.asarray(part)) for part in np.split(columns, blocks, axis=1)]
+    return jnp.concatenate(parts)[: T.size].reshape(T.shape)
 
 
 Evaluate = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Slopes]]
@@ -254,5 +263,5 @@ def leading_ratios(diagonal: list[Vector], coupling: list[Vector]) -> list[Vecto
     return ratios
 
 
-_mean_rate = _rate(_mean_time)
-_leading_rate = _rate(_leading_time)
+_mean_rate = jax.jit(_rate(_mean_time))
+_leading_rate = jax.jit(_rate(_leading_time))

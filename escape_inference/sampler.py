@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.infer.hmc import HMCState, hmc
 
-from escape_inference.law import Law
 from escape_inference.likelihood import Observations
-from escape_inference.model import Inputs, evaluate
+from escape_inference.model import Inputs
+from escape_inference.student import LogDensity
 
 Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
 
@@ -30,7 +30,7 @@ class Draws(NamedTuple):
 # the lower optimisation level halves the time of compilation and does not slow the sampler
 @partial(
     jax.jit,
-    static_argnames=("law", "shapes", "warmup", "draws"),
+    static_argnames=("log_joint", "warmup", "draws"),
     compiler_options={"xla_backend_optimization_level": 1},
 )
 def sample(
@@ -41,8 +41,7 @@ def sample(
     observed: Observations,
     width: Float[Array, ""],
     *,
-    law: Law,
-    shapes: Shapes,
+    log_joint: LogDensity,
     warmup: int,
     draws: int,
 ) -> Draws:
@@ -53,8 +52,7 @@ def sample(
 
     def chain(key: Array, z: Array) -> tuple[Array, ...]:
         def potential(point: Array) -> Array:
-            value = evaluate(point, law, dict(shapes), inputs, observed, width)
-            energy = -value.log_prior - jnp.sum(jnp.where(observed.weight > 0, value.log_likelihood, 0.0))
+            energy = -log_joint(point, (inputs, observed, width))
             return jnp.where(jnp.isfinite(energy), energy, jnp.inf)
 
         initialise, step = hmc(potential, algo="NUTS")

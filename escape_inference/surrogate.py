@@ -1,9 +1,10 @@
 """A law's log rates as Chebyshev polynomials of its parameters, over the region where the posterior is.
 
-The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler. But the log rate of
-every condition is a smooth function of the law's one to three parameters, so a tensor product of Chebyshev polynomials
-reproduces it: roughly over the prior, where tempered Monte Carlo looks for the posterior, and to many digits over the region
-that the posterior occupies. Whoever samples with it checks draws against the exact law afterwards.
+The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler, and every law of its
+own would have to be compiled. But the log rate of every condition is a smooth function of the law's one to three parameters,
+so a table of polynomial coefficients reproduces it: roughly over the prior, where tempered Monte Carlo looks for the posterior,
+and to many digits over the region that the posterior occupies. Samplers then see numbers only, the same program for every law.
+Whoever samples with it checks draws against the exact law afterwards.
 """
 
 from dataclasses import dataclass, field
@@ -11,58 +12,105 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-NEAR_NODES = {1: 20, 2: 14, 3: 9}  #: nodes a parameter over the posterior, by the number of parameters
-WIDE_NODES = {1: 48, 2: 28, 3: 14}  #: the same over the prior
-NEAR_SDS, WIDE_SDS = 8.0, 3.5
+SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
+TERMS = {"near": 165, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
+NODES = {"near": {1: 24, 2: 18, 3: 10}, "wide": {1: 40, 2: 28, 3: 12}}  #: nodes a parameter, by the number of parameters
+DEGREES = 40
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Surrogate:
-    """Chebyshev coefficients ``[condition, node, ...]`` over a box in the parameters (logarithms of positive ones)."""
+    """Chebyshev coefficients over a box in the parameters (logarithms of positive ones)."""
 
-    center: Float[Array, " parameter"]
-    half_width: Float[Array, " parameter"]
-    coefficients: Float[Array, "condition ..."]
+    center: Float[Array, " slot"]
+    half_width: Float[Array, " slot"]
+    degrees: Int[Array, "slot term"]
+    coefficients: Float[Array, "condition term"]
     names: tuple[str, ...] = field(metadata={"static": True})
     positive: tuple[bool, ...] = field(metadata={"static": True})
 
     def __call__(self, values: dict[str, Array]) -> Float[Array, " condition"]:
         """Log rates (without log prefactor) for named parameter values; constant beyond the box."""
-        result = self.coefficients
+        place = jnp.zeros(self.degrees.shape[0])
         for k, (name, positive) in enumerate(zip(self.names, self.positive, strict=True)):
             raw = jnp.log(values[name]) if positive else values[name]
-            x = jnp.clip((raw - self.center[k]) / self.half_width[k], -1.0, 1.0)
-            result = jnp.einsum("ck...,k->c...", result, _polynomials(x, result.shape[1]))
-        return result
+            place = place.at[k].set(jnp.clip((raw - self.center[k]) / self.half_width[k], -1.0, 1.0))
+        return _series(place, self.degrees, self.coefficients)
 
 
-def _polynomials(x: Array, count: int) -> Float[Array, " count"]:
-    values = [jnp.ones_like(x), x]
-    while len(values) < count:
-        values.append(2 * x * values[-1] - values[-2])
-    return jnp.stack(values[:count])
+@jax.custom_jvp
+def _series(place: Float[Array, " slot"], degrees: Array, coefficients: Array) -> Float[Array, " condition"]:
+    return coefficients @ jnp.prod(_terms(_polynomials(place)[0], degrees), axis=0)
 
 
-def chebyshev_points(dimension: int, count: int) -> Float[np.ndarray, "point dimension"]:
-    """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest."""
+@_series.defjvp
+def _series_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """The gradient by the slopes of the polynomials; the table itself is a constant."""
+    place, degrees, coefficients = primals
+    value, slope = (_terms(x, degrees) for x in _polynomials(place))
+    slots = range(len(place))
+    slopes = [jnp.prod(jnp.stack([slope[j] if j == k else value[j] for j in slots]), axis=0) for k in slots]
+    both = coefficients @ jnp.stack([jnp.prod(value, axis=0), *slopes], axis=1)
+    return both[:, 0], both[:, 1:] @ tangents[0]
+
+
+def _polynomials(place: Float[Array, " slot"]) -> tuple[Float[Array, "slot degree"], Float[Array, "slot degree"]]:
+    """``T_k = cos kθ`` and ``T_k' = k sin kθ / sin θ`` at ``cos θ``, the latter kept finite at the ends of the box."""
+    degree, angle = jnp.arange(DEGREES), jnp.arccos(place)[:, None]
+    sine = jnp.sqrt(jnp.maximum(1 - place**2, 1e-14))[:, None]
+    return jnp.cos(degree * angle), degree * jnp.sin(degree * angle) / sine
+
+
+def _terms(polynomials: Float[Array, "slot degree"], degrees: Array) -> Float[Array, "slot term"]:
+    return jnp.take_along_axis(polynomials, degrees, axis=1)
+
+
+def chebyshev_points(dimension: int, extent: str) -> Float[np.ndarray, "point dimension"]:
+    """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest, for a "near" or a "wide" table."""
+    count = NODES[extent][dimension]
     nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     return np.stack(np.meshgrid(*[nodes] * dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
 
 
-def chebyshev_coefficients(values: Float[np.ndarray, "point condition"], dimension: int, count: int) -> np.ndarray:
-    """Coefficients ``[condition, node, ...]`` from values at :func:`chebyshev_points`.
+def tabulate(
+    rates: Float[np.ndarray, "point condition"],
+    center: Float[np.ndarray, " parameter"],
+    half_width: Float[np.ndarray, " parameter"],
+    names: tuple[str, ...],
+    positive: tuple[bool, ...],
+    extent: str,
+) -> Surrogate:
+    """The polynomials through log rates at ``center + half_width · chebyshev_points``.
 
-    >>> points = chebyshev_points(1, 8)
-    >>> np.round(chebyshev_coefficients(2 * points**2 - 1, 1, 8)[0, :4], 12) + 0.0
-    array([0., 0., 1., 0.])
+    >>> points = chebyshev_points(1, "near")
+    >>> table = tabulate(2 * points**2 - 1, np.zeros(1), np.ones(1), ("a",), (False,), "near")
+    >>> table({"a": jnp.array(0.5)}).round(5).tolist()  # T₂(½) = 2/4 − 1
+    [-0.5]
     """
+    dimension = len(center)
+    count, terms = NODES[extent][dimension], TERMS[extent]
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
-    result = values.T.reshape(-1, *[count] * dimension)
+    result = rates.T.reshape(-1, *[count] * dimension)
     for axis in range(1, dimension + 1):
         result = np.moveaxis(np.tensordot(transform, result, axes=(1, axis)), 0, axis)
-    return result
+    degrees = np.indices([count] * dimension).reshape(dimension, -1)
+    kept = np.argsort(degrees.sum(axis=0), kind="stable")[:terms]
+    return Surrogate(
+        center=jnp.asarray(_padded(center, SLOTS)),
+        half_width=jnp.asarray(_padded(half_width, SLOTS, fill=1.0)),
+        degrees=jnp.asarray(_padded(_padded(degrees[:, kept], terms, axis=1), SLOTS)),
+        coefficients=jnp.asarray(_padded(result.reshape(len(result), -1)[:, kept], terms, axis=1)),
+        names=names,
+        positive=positive,
+    )
+
+
+def _padded(values: np.ndarray, size: int, axis: int = 0, fill: float = 0.0) -> np.ndarray:
+    width = [(0, 0)] * values.ndim
+    width[axis] = (0, size - values.shape[axis])
+    return np.pad(values, width, constant_values=fill)
