@@ -282,3 +282,33 @@ def test_a_study_may_hold_ramps_alone(tmp_path: Path) -> None:
     table = read_measurements(collect(path, tmp_path / "out", progress=False))
     assert set(table["start"]) == {"minimum"}
     assert not (tmp_path / "out" / "conditions.csv").exists()
+
+
+def test_the_spectrum_of_a_study_gives_the_effective_dimension_with_its_error(tmp_path: Path) -> None:
+    (tmp_path / "spikes.py").write_text(
+        "import numpy as np\n"
+        "def data():\n"
+        "    rng = np.random.default_rng(3)\n"
+        "    x = rng.normal(size=(400, 40)) * np.sqrt(np.r_[9.0, 7.0, 5.0, np.full(37, 0.3)])\n"
+        "    return x, rng.normal(size=400)\n"
+    )
+    text = STUDY[: STUDY.rindex("[[escape]]")].replace('"linear_regression"\nsamples = 500', '"spikes:data"')
+    text = text.replace('label = "d{dimension}"\ndata = { dimension = [1, 2] }', 'label = "m"')
+    section = 'effective_dimension = "outliers"\neigenvalues = 25\ndensity_probes = 6\ngauss_newton = true'
+    text = text.replace('effective_dimension = "parameters"', section).replace("polish_learning_rate = 0.5\n", "")
+    text = text.replace("learning_rate = 0.3", "temperature = 0.3").replace(
+        "learning_rate = 0.1", "learning_rate = 0.02"
+    )
+    (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+    table = read_measurements(collect(tmp_path / "study.toml", tmp_path / "out", progress=False))
+    assert set(table["effective_dimension"]) == {3.0}
+    assert 0 < table["effective_dimension_se"].iloc[0] < 0.6
+    record = pd.read_csv(tmp_path / "out" / "minima.csv").iloc[0]
+    assert record["outliers"] == 3
+    assert abs(record["outliers_by_density"] - 3) < 3 * record["outliers_by_density_se"]
+    assert abs(record["trace"] - (21 + 37 * 0.3)) < 3 * record["trace_se"] + 1
+    spectra = pd.read_csv(tmp_path / "out" / "spectra.csv")
+    assert spectra.groupby("part").size().to_dict() == {"gauss_newton": 25, "hessian": 25}
+    parts = {part: own["eigenvalue"].to_numpy() for part, own in spectra.groupby("part")}
+    assert parts["hessian"] == pytest.approx(parts["gauss_newton"], rel=1e-3), "a linear network has no curvature"
+    assert parts["hessian"][0] == pytest.approx(table["hessian_minimum"].iloc[0])

@@ -9,7 +9,7 @@ import pytest
 
 from escape_inference.errors import InputError
 from escape_inference.trainers import Minimum, minimum, top_hessian, train_minimum
-from escape_inference.trainers.hessian import count_outliers
+from escape_inference.trainers.outliers import count_outliers
 
 
 def regression(samples: int = 400, dimension: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,10 +205,12 @@ def test_a_subsample_of_the_data_gives_its_own_hessian() -> None:
     assert half.top == pytest.approx(whole.top, rel=0.3)
 
 
-def test_outliers_end_at_the_widest_gap() -> None:
-    assert count_outliers(np.array([50.0, 40.0, 2.0, 1.9, 1.5])) == 2
-    assert count_outliers(np.array([3.0])) == 1
-    assert count_outliers(np.array([-3.0])) == 0
+def test_few_eigenvalues_are_counted_to_the_widest_gap_without_an_error() -> None:
+    found = count_outliers(np.array([50.0, 40.0, 2.0, 1.9]))
+    assert (found.count, found.bulk_edge, found.gap) == (2, 2.0, pytest.approx(20))
+    assert np.isnan(found.se)
+    assert count_outliers(np.array([3.0])).count == 1
+    assert count_outliers(np.array([-3.0])).count == 0
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,40 @@
 """Measuring escapes: train minima, measure their spectra and noise, time escapes, and raise the learning rate."""
 
+from escape_inference.trainers.covariance import NoiseCovariance, noise_covariance
+from escape_inference.trainers.decoupling import DecouplingCheck, decoupling_check
+from escape_inference.trainers.density import SpectralDensity, spectral_density
+from escape_inference.trainers.direction import DirectionalCurvature, curvature_along, escape_displacements
 from escape_inference.trainers.escape import EscapeRecord, UnstableMinimum, measure_escape
 from escape_inference.trainers.hessian import HessianSpectrum, top_hessian
 from escape_inference.trainers.minimum import Minimum, train_minimum
+from escape_inference.trainers.noise import NoiseStrength, NoiseTrace, noise_along_training, noise_strength
+from escape_inference.trainers.outliers import OutlierCount, count_outliers
 from escape_inference.trainers.ramp import RampRecord, learning_rate_levels, measure_ramp
 
 __all__ = [
+    "DecouplingCheck",
+    "DirectionalCurvature",
     "EscapeRecord",
     "HessianSpectrum",
     "Minimum",
+    "NoiseCovariance",
+    "NoiseStrength",
+    "NoiseTrace",
+    "OutlierCount",
     "RampRecord",
+    "SpectralDensity",
     "UnstableMinimum",
+    "count_outliers",
+    "curvature_along",
+    "decoupling_check",
+    "escape_displacements",
     "learning_rate_levels",
     "measure_escape",
     "measure_ramp",
+    "noise_along_training",
+    "noise_covariance",
+    "noise_strength",
+    "spectral_density",
     "top_hessian",
     "train_minimum",
 ]

@@ -37,10 +37,10 @@ def collect(
         progress: draw progress bars on the standard error.
 
     Returns:
-        Path of ``measurements.parquet``, the table of all runs. Beside it: ``minima.csv``, ``conditions.csv`` (what
-        each condition gave, whether it settled, unstable ones included) and ``trends.csv`` (rate and loss in time);
-        and, where the study has ramps, ``ramps.csv`` (what each gave) and ``critical_learning_rates.parquet`` and
-        ``.csv`` (a row for each run).
+        Path of ``measurements.parquet``, the table of all runs. Beside it: ``minima.csv``, ``spectra.csv`` (the
+        eigenvalues at each minimum), ``conditions.csv`` (what each condition gave, whether it settled, unstable ones
+        included) and ``trends.csv`` (rate and loss in time); and, where the study has ramps, ``ramps.csv`` (what each
+        gave) and ``critical_learning_rates.parquet`` and ``.csv`` (a row for each run).
 
     Raises:
         InputError: the study, its data or network, or the output folder cannot be used; the disk is full; or no escape

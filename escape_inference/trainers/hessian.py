@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 from matfree import decomp
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss, sample_losses
+from escape_inference.trainers.curvature import make_problem, product_with
+from escape_inference.trainers.direction import sampling_error
+from escape_inference.trainers.losses import Apply, SampleLoss
 from escape_inference.trainers.minimum import Minimum
-from escape_inference.trainers.sgd import root_key
+from escape_inference.trainers.outliers import OutlierCount, count_outliers
+from escape_inference.trainers.sgd import Recipe
 
 CONVERGED = 1e-3
 """A Ritz value counts as an eigenvalue when its residual is below this fraction of the largest one."""
@@ -26,20 +30,26 @@ class HessianSpectrum:
 
     Attributes:
         eigenvalues: largest first, 1/time.
+        eigenvectors: of unit length, one in each row, over the flattened parameters.
         residuals: ``|H v - lambda v|`` for each; an eigenvalue of H lies within this distance of lambda.
         converged: residual below ``CONVERGED`` of the largest eigenvalue.
         top: the largest eigenvalue, h*.
-        top_se: its residual, as a bound of its error.
-        outliers: how many eigenvalues lie above the widest relative gap among those found; a suggestion for the
-            effective dimension, to be judged by eye.
+        top_se: its residual, as a bound of its error; on a subsample with the error of sampling added.
+        counted: the number of outliers among the converged eigenvalues, its error and the bulk's edge.
     """
 
     eigenvalues: Float[np.ndarray, " k"]
+    eigenvectors: Float[np.ndarray, "k p"]
     residuals: Float[np.ndarray, " k"]
     converged: Bool[np.ndarray, " k"]
     top: float
     top_se: float
-    outliers: int
+    counted: OutlierCount
+
+    @property
+    def outliers(self) -> int:
+        """The most probable number of outliers."""
+        return self.counted.count
 
 
 def top_hessian(
@@ -48,7 +58,9 @@ def top_hessian(
     inputs: Array | np.ndarray,
     targets: Array | np.ndarray,
     *,
-    k: int = 10,
+    k: int = 30,
+    part: str = "hessian",
+    layers: str | None = None,
     subsample: int | None = None,
     iterations: int | None = None,
     loss: str | SampleLoss = "mean_square",
@@ -64,7 +76,9 @@ def top_hessian(
         minimum: a ``Minimum``, or a pytree of parameters.
         inputs: samples first.
         targets: samples first.
-        k: eigenvalues wanted.
+        k: eigenvalues wanted; thirty show the bulk below a few outliers, so that these can be counted.
+        part: ``hessian``, or ``gauss_newton`` for the part of it that does not contain the network's own curvature.
+        layers: only the block of the parameters whose path begins so, such as ``.layers[0]``; see ``layer_names``.
         subsample: use this many random samples instead of all; a different matrix, so the residual is then only part of
             the error.
         iterations: Lanczos iterations, at least k; None: ``2 k + 20``.
@@ -80,61 +94,47 @@ def top_hessian(
         >>> spectrum.eigenvalues.round(4).tolist(), spectrum.converged.tolist()
         ([4.5, 0.5], [True, True])
     """
-    sample_loss = resolve_loss(loss)
-    params = minimum.params if isinstance(minimum, Minimum) else minimum
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), params)
-    inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
-    key = root_key(seed)
-    if subsample is not None:
-        if not 1 <= subsample <= len(inputs):
-            raise InputError(f"subsample: must be from 1 to the number of samples, {len(inputs)}, got {subsample}.")
-        chosen = jax.random.choice(jax.random.fold_in(key, 1), len(inputs), (subsample,), replace=False)
-        inputs, targets = inputs[chosen], targets[chosen]
-    flat, unravel = ravel_pytree(params)
-    if not 1 <= k <= flat.size:
-        raise InputError(f"k: must be from 1 to the number of parameters, {flat.size}, got {k}.")
-    iterations = min(2 * k + 20 if iterations is None else iterations, flat.size)
+    problem = make_problem(apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed)
+    dimension = problem.dimension
+    if not 1 <= k <= dimension:
+        raise InputError(f"k: must be from 1 to the number of parameters, {dimension}, got {k}.")
+    iterations = min(2 * k + 20 if iterations is None else iterations, dimension)
     if iterations < k:
         raise InputError(f"iterations: must be at least k, {k}, got {iterations}.")
-
-    def mean_loss(vector: Array, inputs: Array, targets: Array) -> Array:
-        return jnp.mean(sample_losses(apply, sample_loss, unravel(vector), inputs, targets))
-
-    def product(vector: Array, inputs: Array, targets: Array) -> Array:
-        return jax.jvp(jax.grad(lambda at: mean_loss(at, inputs, targets)), (flat,), (vector,))[1]
-
-    @jax.jit
-    def spectrum(start: Array, inputs: Array, targets: Array) -> tuple[Array, Array]:
-        basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(
-            lambda vector: product(vector, inputs, targets), start
-        )
-        values, vectors = jnp.linalg.eigh(matrix)
-        values, vectors = values[::-1][:k], (vectors.T @ basis)[::-1][:k]
-        vectors = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
-        images = jax.lax.map(lambda vector: product(vector, inputs, targets), vectors)
-        return values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1)
-
-    start = jax.random.normal(jax.random.fold_in(key, 0), flat.shape, flat.dtype)
-    eigenvalues, residuals = (np.asarray(result, float) for result in spectrum(start, inputs, targets))
+    found = _compiled_lanczos(problem.recipe, part, k, iterations)(
+        problem.params, problem.mask, problem.start(), problem.inputs, problem.targets
+    )
+    eigenvalues, residuals = (np.asarray(result, float) for result in found[:2])
     if not np.all(np.isfinite(eigenvalues)):
         raise InputError("the Hessian is not finite at these parameters.")
+    vectors = np.asarray(found[2])
+    converged = residuals < CONVERGED * np.abs(eigenvalues).max()
+    error = float(residuals[0])
+    if subsample is not None:
+        error = float(np.hypot(error, sampling_error(problem, vectors[0])))
+    usable = eigenvalues[: int(np.argmin(np.append(converged, False)))]
     return HessianSpectrum(
         eigenvalues=eigenvalues,
+        eigenvectors=vectors,
         residuals=residuals,
-        converged=residuals < CONVERGED * np.abs(eigenvalues).max(),
+        converged=converged,
         top=float(eigenvalues[0]),
-        top_se=float(residuals[0]),
-        outliers=count_outliers(eigenvalues),
+        top_se=error,
+        counted=count_outliers(usable if len(usable) else eigenvalues[:1]),
     )
 
 
-def count_outliers(eigenvalues: Float[np.ndarray, " k"]) -> int:
-    """Eigenvalues above the widest gap in the logarithm, among the positive ones.
+@lru_cache(maxsize=32)
+def _compiled_lanczos(recipe: Recipe, part: str, k: int, iterations: int) -> Callable:
+    def spectrum(
+        params: PyTree, mask: Array, start: Array, inputs: Array, targets: Array
+    ) -> tuple[Array, Array, Array]:
+        product = product_with(recipe, part, params, mask, inputs, targets)
+        basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, start)
+        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = values[::-1][:k], (vectors.T @ basis)[::-1][:k]
+        vectors = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
+        images = jax.lax.map(product, vectors)
+        return values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1), vectors
 
-    >>> count_outliers(np.array([10.0, 7.0, 6.0, 0.5, 0.4, -0.1]))
-    3
-    """
-    positive = eigenvalues[eigenvalues > 0]
-    if len(positive) < 2:
-        return len(positive)
-    return int(np.argmax(-np.diff(np.log(positive)))) + 1
+    return jax.jit(spectrum)

@@ -12,12 +12,12 @@ import jax
 from escape_inference.errors import InputError
 from escape_inference.trainers.datasets import Dataset
 from escape_inference.trainers.escape import UnstableMinimum, measure_escape
-from escape_inference.trainers.hessian import top_hessian
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.networks import Network
 from escape_inference.trainers.ramp import measure_ramp
 from escape_inference.trainers.schema import HessianSection
 from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, derived_seed, describe
+from escape_inference.trainers.spectra import spectrum_record
 from escape_inference.trainers.storage import Campaign
 from escape_inference.trainers.tables import part_name, ramp_summary, read_record, record_writer, summary
 
@@ -67,36 +67,13 @@ def minimum_part(campaign: Campaign, spec: MinimumSpec, world: World, hessian: H
         except InputError as error:
             record |= {"status": "failed", "note": str(error)}
         else:
-            record |= {"status": "trained", "note": ""} | _spectrum(spec, world, minimum, hessian, record["parameters"])
+            data, seed = (world.network.apply, minimum, *world.problem), derived_seed(spec.content, "hessian")
+            record |= {"status": "trained", "note": ""} | spectrum_record(
+                *data, section=hessian, loss=world.loss, seed=seed
+            )
             writers["minimum.npz"] = minimum.save
         campaign.finish(part, writers | {"record.json": record_writer(record)})
     report(1, 1, f"minimum {spec.label}")
-
-
-def _spectrum(
-    spec: MinimumSpec, world: World, minimum: Minimum, hessian: HessianSection, parameters: int
-) -> dict[str, Any]:
-    """What the record of a minimum says about its loss and its Hessian."""
-    spectrum = top_hessian(
-        world.network.apply,
-        minimum,
-        *world.problem,
-        k=min(hessian.eigenvalues, parameters),
-        subsample=hessian.subsample,
-        loss=world.loss,
-        seed=derived_seed(spec.content, "hessian"),
-    )
-    dimensions = {"unknown": None, "parameters": parameters, "outliers": spectrum.outliers}
-    return {
-        "note": "" if spectrum.converged[0] else "the top Hessian eigenvalue did not converge",
-        "loss_minimum": float(minimum.loss_minimum),
-        "gradient_norm": float(minimum.gradient_norm),
-        "hessian_minimum": float(spectrum.top),
-        "hessian_minimum_se": float(spectrum.top_se),
-        "effective_dimension": dimensions[hessian.effective_dimension],
-        "outliers": int(spectrum.outliers),
-        "eigenvalues": [float(value) for value in spectrum.eigenvalues],
-    }
 
 
 def condition_part(campaign: Campaign, spec: ConditionSpec, world: World, report: Report) -> None:

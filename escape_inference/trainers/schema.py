@@ -45,6 +45,16 @@ class HessianSection(Section):
     eigenvalues: Count = 5
     subsample: Count | None = None
     effective_dimension: Literal["unknown", "parameters", "outliers"] = "unknown"
+    gauss_newton: bool = False
+    density_probes: WholeNumber = 0
+    density_iterations: Count = 60
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a minimum's spectrum depends on; options that are not used leave it as if they did not exist."""
+        optional = {"gauss_newton", "density_probes", "density_iterations"}
+        used = self.model_dump(include=optional, exclude_defaults=True)
+        return self.model_dump(exclude=optional) | used
 
 
 class MinimaSection(Section):

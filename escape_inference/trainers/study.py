@@ -9,7 +9,10 @@ A study names data and a network, how to train the minima, and under which condi
     name = "multilayer_perceptron"     # other keys are options of that network; my_module:my_network works too
     widths = [100, 100, 100]
     [hessian]
-    eigenvalues = 5
+    eigenvalues = 30                   # the largest ones; thirty show the bulk below the outliers
+    effective_dimension = "outliers"   # n in the table: their number; or "parameters", or "unknown"
+    density_probes = 8                 # random vectors for the density of the whole spectrum (default: none)
+    gauss_newton = true                # its part without the network's own curvature too (default: not)
     [[minima]]
     label = "lr{learning_rate}_b{batch_size}"
     learning_rate = [0.1, 0.02]        # a list is a grid: every combination is one minimum
@@ -152,7 +155,7 @@ def _minima(file: StudyFile, section: MinimaSection) -> Iterator[MinimumSpec]:
                 "loss": file.loss,
                 "data": {"name": file.data.name, **data_options},
                 "network": {"name": file.network.name, **file.network.options},
-                "hessian": file.hessian.model_dump(),
+                "hessian": file.hessian.content,
                 "seed": point["seed"],
                 **settings,
             }

@@ -12,10 +12,11 @@ from escape_inference.table import read_measurements
 from escape_inference.trainers.escape import EscapeRecord
 from escape_inference.trainers.ramp import RampRecord
 from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe
+from escape_inference.trainers.spectra import LISTS, spectrum_table
 from escape_inference.trainers.storage import Campaign
 from escape_inference.trainers.study import Study
 
-COVARIATES = ["hessian_minimum", "hessian_minimum_se", "effective_dimension"]
+COVARIATES = ["hessian_minimum", "hessian_minimum_se", "effective_dimension", "effective_dimension_se"]
 COLUMNS = [
     "minimum",
     "run",
@@ -98,7 +99,7 @@ def ramp_summary(measured: RampRecord) -> dict[str, Any]:
 
 
 def write_tables(campaign: Campaign, plan: Study) -> Path:
-    """Write ``minima.csv``, ``conditions.csv``, ``trends.csv``, those of the ramps and, last, ``measurements.parquet``.
+    """Write ``minima.csv``, ``spectra.csv``, ``conditions.csv``, ``trends.csv``, those of the ramps and, last, ``measurements.parquet``.
 
     Returns:
         Path of ``measurements.parquet``.
@@ -106,14 +107,16 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
     Raises:
         InputError: no condition gave a usable run, or a table cannot be written. The other tables then say why.
     """
-    minima, conditions, trends, rows = [], [], [], []
+    minima, spectra, conditions, trends, rows = [], [], [], [], []
     known: dict[str, dict[str, Any]] = {}
     for minimum in plan.minima:
         folder = campaign.finished(part_name("minimum", minimum))
         assert folder is not None
         record = known[minimum.label] = read_record(folder)
-        values = record.pop("eigenvalues", [])
-        record |= {f"eigenvalue_{place + 1}": value for place, value in enumerate(values)}
+        if record["status"] == "trained":
+            spectra.append(spectrum_table(minimum.label, record))
+        values = {key: record.pop(key, []) for key in LISTS}
+        record |= {f"eigenvalue_{place + 1}": value for place, value in enumerate(values["eigenvalues"])}
         minima.append({"minimum": minimum.label, **minimum.settings, "seed": minimum.content["seed"], **record})
     for condition in plan.conditions:
         name = condition.minimum.label
@@ -127,6 +130,8 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
             rows.append(_rows(folder, name, known))
     rows += _write_ramps(campaign, plan, known)
     _write_csv(campaign, "minima.csv", pd.DataFrame(minima))
+    if spectra:
+        _write_csv(campaign, "spectra.csv", pd.concat(spectra, ignore_index=True))
     if conditions:
         _write_csv(campaign, "conditions.csv", pd.DataFrame(conditions))
     if trends:
@@ -138,8 +143,13 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
 
 def _rows(folder: Path, minimum: str, known: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """The rows of a finished part, with what is known of its minimum."""
-    covariates = {key: known[minimum].get(key) for key in COVARIATES}
+    covariates = _known(known[minimum], COVARIATES)
     return pd.read_parquet(folder / "rows.parquet").assign(minimum=minimum, **covariates)
+
+
+def _known(record: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """Numbers of a minimum; NaN where there is none."""
+    return {name: float("nan") if record.get(name) is None else float(record[name]) for name in names}
 
 
 def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any]]) -> list[pd.DataFrame]:
@@ -150,14 +160,13 @@ def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any
         record = {"status": "minimum failed"} if folder is None else read_record(folder)
         record.pop("seconds", None)
         label = {"ramp": describe(spec), "minimum": name}
-        covariates = {key: known[name].get(key) for key in ("loss_minimum", *COVARIATES)}
-        limit = 2 / covariates["hessian_minimum"] if covariates["hessian_minimum"] else None
+        covariates = _known(known[name], ["loss_minimum", *COVARIATES])
         ramps.append(
             label
             | {"batch_size": spec.batch_size, "threshold": spec.threshold, "jump_factor": spec.jump_factor}
             | {"levels": spec.levels, "spacing": spec.spacing, "steps_per_level": spec.settings["steps_per_level"]}
             | covariates
-            | {"gradient_descent_limit": limit}
+            | {"gradient_descent_limit": 2 / covariates["hessian_minimum"]}
             | record
         )
         if folder is not None:
@@ -205,8 +214,9 @@ def _write_measurements(campaign: Campaign, table: pd.DataFrame) -> Path:
     errors = table["hessian_minimum_se"].astype(float)
     if (errors <= NEGLIGIBLE * table["hessian_minimum"]).all():
         table = table.drop(columns="hessian_minimum_se")
-    if table["effective_dimension"].isna().all():
-        table = table.drop(columns="effective_dimension")
+    for column in ("effective_dimension", "effective_dimension_se"):
+        if table[column].isna().all():
+            table = table.drop(columns=column)
     first = [column for column in COLUMNS if column in table]
     table = table[first + [column for column in table if column not in first]]
     path = campaign.write_table("measurements.parquet", lambda partial: table.to_parquet(partial, index=False))
