@@ -6,6 +6,7 @@ from escape_inference.trainers.density import SpectralDensity, spectral_density
 from escape_inference.trainers.direction import DirectionalCurvature, curvature_along, escape_displacements
 from escape_inference.trainers.escape import EscapeRecord, UnstableMinimum, measure_escape
 from escape_inference.trainers.hessian import HessianSpectrum, top_hessian
+from escape_inference.trainers.minima import Minima, train_minima
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.noise import NoiseStrength, NoiseTrace, noise_along_training, noise_strength
 from escape_inference.trainers.outliers import OutlierCount, count_outliers
@@ -16,6 +17,7 @@ __all__ = [
     "DirectionalCurvature",
     "EscapeRecord",
     "HessianSpectrum",
+    "Minima",
     "Minimum",
     "NoiseCovariance",
     "NoiseStrength",
@@ -36,5 +38,6 @@ __all__ = [
     "noise_strength",
     "spectral_density",
     "top_hessian",
+    "train_minima",
     "train_minimum",
 ]

@@ -90,9 +90,12 @@ def _prepare(plan: Study) -> dict[str, World]:
         key = _world_key(spec)
         if key not in worlds:
             data = load_data(file.data.name, spec.data_options, folder=folder)
-            worlds[key] = World(data, load_network(file.network.name, data, file.network.options, folder=folder), loss)
+            network = load_network(file.network.name, data, file.network.options, folder=folder)
+            worlds[key] = World(data, network, loss, folder)
+        worlds[key].arguments(spec)
         _check_batch("[[minima]]", spec.label, spec.settings["batch_size"], worlds[key].data)
     for measured in plan.measured:
+        worlds[_world_key(measured.minimum)].arguments(measured)
         section = "[[ramps]]" if isinstance(measured, RampSpec) else "[[escape]]"
         _check_batch(section, describe(measured), measured.batch_size, worlds[_world_key(measured.minimum)].data)
     return worlds

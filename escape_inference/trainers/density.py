@@ -42,11 +42,14 @@ class SpectralDensity:
     def count_above(self, level: float) -> tuple[float, float]:
         """The number of eigenvalues above a level, and its standard error.
 
-        A probe sees each eigenvalue with a weight of chi-square type, so that n eigenvalues are counted with a relative
-        error of ``sqrt(2 / (n probes))``: few eigenvalues are counted poorly, many well.
+        A probe sees each eigenvalue with a weight of chi-square type, so that n eigenvalues are counted with an error of
+        ``sqrt(2 n / probes)``: few are counted poorly, many well. The error given is the larger of that (for n of at
+        least 1) and of the scatter over probes, which a few probes may understate.
         """
         mean, error = self.mean(lambda nodes: (nodes > level).astype(float))
-        return self.dimension * mean, self.dimension * error
+        count = self.dimension * mean
+        least = float(np.sqrt(2 * max(count, 1.0) / len(self.nodes)))
+        return count, max(self.dimension * error, least)
 
     def density(self, at: Float[np.ndarray, " m"], width: float) -> Float[np.ndarray, " m"]:
         """The density per unit of 1/time, smoothed by normal kernels of standard deviation ``width``; its area is 1."""

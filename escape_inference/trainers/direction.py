@@ -19,7 +19,8 @@ from escape_inference.trainers.engines import make_engine
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
 from escape_inference.trainers.minimum import Minimum, parameters_of
-from escape_inference.trainers.sgd import OptimizerFactory, Recipe, check_training, make_recipe, root_key
+from escape_inference.trainers.optimizers import OptimizerFactory
+from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, root_key
 
 
 @dataclass(frozen=True)

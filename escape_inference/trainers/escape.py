@@ -22,10 +22,11 @@ from escape_inference.trainers.engines import make_engine
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, parameters_of
+from escape_inference.trainers.optimizers import OptimizerFactory
 from escape_inference.trainers.process import Process, Progress, UnstableMinimum
 from escape_inference.trainers.record import TREND_BINS, Condition, EscapeRecord, Outcome, make_record
 from escape_inference.trainers.screens import FEWEST, choose_screens, pilot_losses
-from escape_inference.trainers.sgd import OptimizerFactory, check_training, make_recipe, root_key
+from escape_inference.trainers.sgd import check_training, make_recipe, root_key
 
 __all__ = ["EscapeRecord", "UnstableMinimum", "measure_escape"]
 

@@ -25,7 +25,25 @@ def mean_square(prediction: Array, target: Array) -> Float[Array, ""]:
     return 0.5 * jnp.sum((prediction - target) ** 2)
 
 
-LOSSES: dict[str, SampleLoss] = {"mean_square": mean_square}
+def logistic(prediction: Array, target: Array) -> Float[Array, ""]:
+    """Logistic loss of one sample whose targets are +1 and -1: ``log(1 + exp(-y f))``, summed over outputs.
+
+    >>> round(float(logistic(jnp.array([0.0, 3.0]), jnp.array([1.0, -1.0]))), 3)
+    3.742
+    """
+    return jnp.sum(jax.nn.softplus(-target * prediction))
+
+
+def cross_entropy(prediction: Array, target: Array) -> Float[Array, ""]:
+    """Cross entropy of one sample between its target probabilities (one-hot or not) and the softmax of the outputs.
+
+    >>> round(float(cross_entropy(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))), 3)
+    1.313
+    """
+    return -jnp.sum(target * jax.nn.log_softmax(prediction))
+
+
+LOSSES: dict[str, SampleLoss] = {"mean_square": mean_square, "logistic": logistic, "cross_entropy": cross_entropy}
 
 
 def resolve_loss(loss: str | SampleLoss) -> SampleLoss:
@@ -78,7 +96,7 @@ def check_problem(
     if (
         len(predictions.shape) == 0
         or predictions.shape[0] != len(inputs)
-        or (loss is mean_square and sizes[0] != sizes[1])
+        or (loss in LOSSES.values() and sizes[0] != sizes[1])
     ):
         raise InputError(f"predictions have shape {predictions.shape}, targets {targets.shape}: they must match.")
     if losses.shape != (len(inputs),):

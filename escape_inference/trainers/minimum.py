@@ -20,7 +20,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
-from escape_inference.trainers.sgd import OptimizerFactory, Recipe, check_training, make_recipe, root_key, slot_key
+from escape_inference.trainers.optimizers import OptimizerFactory
+from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, root_key, slot_key
 
 PIECE = 500
 """Iterations between two reports of progress."""

@@ -17,7 +17,8 @@ from escape_inference.errors import InputError
 from escape_inference.trainers.curvature import make_problem
 from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
 from escape_inference.trainers.minimum import Minimum, Progress, compiled_training, parameters_of
-from escape_inference.trainers.sgd import OptimizerFactory, Recipe, check_training, make_recipe, root_key
+from escape_inference.trainers.optimizers import OptimizerFactory
+from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, root_key
 
 CHUNK = 64
 """Samples whose gradients are in memory together."""

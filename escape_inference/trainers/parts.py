@@ -14,6 +14,7 @@ from escape_inference.trainers.datasets import Dataset
 from escape_inference.trainers.escape import UnstableMinimum, measure_escape
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.networks import Network
+from escape_inference.trainers.optimizers import named_optimizer
 from escape_inference.trainers.ramp import measure_ramp
 from escape_inference.trainers.schema import HessianSection
 from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, derived_seed, describe
@@ -32,12 +33,21 @@ class World:
     data: Dataset
     network: Network
     loss: Any
+    folder: Path
     trained: dict[str, Minimum] = field(default_factory=dict)
 
     @property
     def problem(self) -> tuple[Any, Any]:
         """Inputs and targets."""
         return self.data.inputs, self.data.targets
+
+    def arguments(self, spec: MinimumSpec | ConditionSpec | RampSpec) -> dict[str, Any]:
+        """The settings of a piece of the study, with the optimiser that they name."""
+        named = spec.settings.get("optimizer")
+        if named is None:
+            return spec.settings
+        options = {key: value for key, value in named.items() if key != "name"}
+        return spec.settings | {"optimizer": named_optimizer(named["name"], options, folder=self.folder)}
 
     def minimum(self, label: str, folder: Path) -> Minimum:
         """The trained minimum that a finished part holds, read once."""
@@ -59,7 +69,7 @@ def minimum_part(campaign: Campaign, spec: MinimumSpec, world: World, hessian: H
                 world.network.apply,
                 params,
                 *world.problem,
-                **spec.settings,
+                **world.arguments(spec),
                 loss=world.loss,
                 seed=derived_seed(spec.content, "training"),
                 progress=report,
@@ -90,7 +100,7 @@ def condition_part(campaign: Campaign, spec: ConditionSpec, world: World, report
                 batch_size=spec.batch_size,
                 loss_barrier=spec.threshold * known["loss_minimum"],
                 start=spec.start,
-                **spec.settings,
+                **world.arguments(spec),
                 loss=world.loss,
                 seed=derived_seed(spec.content, "escape"),
                 hessian_minimum=known["hessian_minimum"],
@@ -120,7 +130,7 @@ def ramp_part(campaign: Campaign, spec: RampSpec, world: World, report: Report) 
             learning_rates=spec.learning_rates_at(known["hessian_minimum"]),
             loss_barrier=None if spec.threshold is None else spec.threshold * known["loss_minimum"],
             jump_factor=spec.jump_factor,
-            **spec.settings,
+            **world.arguments(spec),
             loss=world.loss,
             seed=derived_seed(spec.content, "ramp"),
             hessian_minimum=known["hessian_minimum"],

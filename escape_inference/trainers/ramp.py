@@ -26,10 +26,11 @@ from escape_inference.trainers.engines import Engine, make_engine
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, compiled_training, parameters_of
+from escape_inference.trainers.optimizers import OptimizerFactory
 from escape_inference.trainers.process import Process, Progress
 from escape_inference.trainers.record import Condition
 from escape_inference.trainers.screens import FEWEST, Screens, choose_screens, pilot_losses
-from escape_inference.trainers.sgd import OptimizerFactory, Recipe, check_training, make_recipe, root_key
+from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, root_key
 
 LOOKS_A_LEVEL = 4
 """Scheduled full losses of every run in a level, which the running loss is made of."""

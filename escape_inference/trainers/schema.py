@@ -39,6 +39,10 @@ class NamedSection(BaseModel):
         return dict(self.model_extra or {})
 
 
+class OptimizerSection(NamedSection):
+    """``optimizer = { name = "sgd", momentum = 0.9 }``: the others are options of the optimiser, which checks them."""
+
+
 class HessianSection(Section):
     """``[hessian]``: what is measured at each minimum besides its loss."""
 
@@ -66,6 +70,7 @@ class MinimaSection(Section):
     steps: OneOrMany[Count]
     seed: OneOrMany[WholeNumber] = [0]
     with_replacement: bool = True
+    optimizer: OptimizerSection | None = None
     polish_steps: WholeNumber = 0
     polish_learning_rate: Positive | None = None
     data: dict[str, Any] = {}
@@ -84,6 +89,7 @@ class EscapeSection(Section):
     start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
     check_interval: Count = 1
     with_replacement: bool = True
+    optimizer: OptimizerSection | None = None
     burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
     looks: Literal["auto", "exact", "screened"] = "auto"
 
@@ -113,6 +119,7 @@ class RampSection(Section):
     runs: Count
     check_interval: Count = 1
     with_replacement: bool = True
+    optimizer: OptimizerSection | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RampSection":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
-
-OptimizerFactory = Callable[[Any], optax.GradientTransformation]
-_TRANSFORMATIONS: dict[int, tuple[optax.GradientTransformation, OptimizerFactory]] = {}
-
-
-def resolve_optimizer(optimizer: OptimizerFactory | optax.GradientTransformation | None) -> OptimizerFactory:
-    """A function from the learning rate to an optax transformation.
-
-    Args:
-        optimizer: None for plain SGD; a function of the learning rate, such as ``optax.adam``; or a ready
-            transformation, which then has its own learning rate built in.
-
-    Raises:
-        InputError: anything else.
-    """
-    if optimizer is None:
-        return optax.sgd
-    if isinstance(optimizer, tuple) and hasattr(optimizer, "update"):
-        ready: optax.GradientTransformation = optimizer
-        if (
-            id(ready) not in _TRANSFORMATIONS
-        ):  # one function for one transformation, so that compiled code is found again
-            _TRANSFORMATIONS[id(ready)] = (ready, lambda learning_rate: ready)
-        return _TRANSFORMATIONS[id(ready)][1]
-    if callable(optimizer):
-        return optimizer
-    raise InputError("optimizer: give None (SGD), a function of the learning rate, or an optax transformation.")
+from escape_inference.trainers.optimizers import OptimizerFactory, resolve_optimizer
 
 
 @dataclass(frozen=True)

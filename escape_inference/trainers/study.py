@@ -33,7 +33,8 @@ A study names data and a network, how to train the minima, and under which condi
     threshold = 50.0                   # a run has jumped above 50 L*; or jump_factor, over the running loss
     runs = 8
 
-Instead of ``learning_rate``, an ``[[escape]]`` may give ``temperature`` T: then η = T B/h* at each minimum, to three
+``optimizer = { name = "sgd", momentum = 0.9 }`` in any of the last three takes the place of plain SGD: a name of optax
+or an import path. Instead of ``learning_rate``, an ``[[escape]]`` may give ``temperature`` T: then η = T B/h* at each minimum, to three
 digits. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too). Everything random
 is derived from what a piece of the study *is* (its values and the seed), never from where it stands in the file or when
 it runs.
@@ -118,6 +119,12 @@ def read_study(path: str | Path, *, seed: int | None = None) -> Study:
     return Study(path, file, minima, conditions, ramps)
 
 
+def _optimizer(section: MinimaSection | EscapeSection | RampSection) -> dict[str, Any]:
+    """The optimiser among the settings; nothing for plain SGD, whose studies stay what they were."""
+    chosen = section.optimizer
+    return {} if chosen is None else {"optimizer": {"name": chosen.name, **chosen.options}}
+
+
 def _check_unique(what: str, specs: Sequence[ConditionSpec | RampSpec]) -> None:
     seen: set[str] = set()
     for spec in specs:
@@ -145,11 +152,15 @@ def _minima(file: StudyFile, section: MinimaSection) -> Iterator[MinimumSpec]:
             except (KeyError, IndexError, ValueError) as error:
                 known = ", ".join(data_options | point)
                 raise InputError(f"[[minima]]: label = {section.label!r} can use {{...}} of: {known}") from error
-            settings = {key: point[key] for key in ("learning_rate", "batch_size", "steps")} | {
-                "with_replacement": section.with_replacement,
-                "polish_steps": section.polish_steps,
-                "polish_learning_rate": section.polish_learning_rate,
-            }
+            settings = (
+                {key: point[key] for key in ("learning_rate", "batch_size", "steps")}
+                | {
+                    "with_replacement": section.with_replacement,
+                    "polish_steps": section.polish_steps,
+                    "polish_learning_rate": section.polish_learning_rate,
+                }
+                | _optimizer(section)
+            )
             content = {
                 "study_seed": file.seed,
                 "loss": file.loss,
@@ -166,7 +177,7 @@ def _conditions(section: EscapeSection, place: int, minima: Sequence[MinimumSpec
     chosen = _chosen(section.minima, minima, f"[[escape]] number {place + 1}")
     settings = section.model_dump(
         include={"replicas", "steps", "check_interval", "with_replacement", "burn_in", "looks"}
-    )
+    ) | _optimizer(section)
     choices: dict[str, Sequence[Any]] = {
         "learning_rate": section.learning_rate or [None],
         "temperature": section.temperature or [None],
@@ -187,6 +198,7 @@ def _ramps(section: RampSection, place: int, minima: Sequence[MinimumSpec]) -> I
     fixed: dict[str, Any] = {"bounds": (low, high), "relative": relative, "levels": section.levels}
     fixed["spacing"] = section.spacing
     settings = section.model_dump(include={"runs", "steps_per_level", "check_interval", "with_replacement"})
+    settings |= _optimizer(section)
     choices: dict[str, Sequence[Any]] = {
         "batch_size": section.batch_size,
         "threshold": section.threshold or [None],
