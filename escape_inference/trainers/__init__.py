@@ -11,6 +11,7 @@ from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.noise import NoiseStrength, NoiseTrace, noise_along_training, noise_strength
 from escape_inference.trainers.outliers import OutlierCount, count_outliers
 from escape_inference.trainers.ramp import RampRecord, learning_rate_levels, measure_ramp
+from escape_inference.trainers.saddle import Saddle, find_saddle
 
 __all__ = [
     "DecouplingCheck",
@@ -24,12 +25,14 @@ __all__ = [
     "NoiseTrace",
     "OutlierCount",
     "RampRecord",
+    "Saddle",
     "SpectralDensity",
     "UnstableMinimum",
     "count_outliers",
     "curvature_along",
     "decoupling_check",
     "escape_displacements",
+    "find_saddle",
     "learning_rate_levels",
     "measure_escape",
     "measure_ramp",

@@ -105,7 +105,7 @@ def spectral_density(
     if int(iterations) != iterations or iterations < 1:
         raise InputError(f"iterations: must be a positive integer, got {iterations}.")
     iterations = min(int(iterations), problem.dimension)
-    rule = _compiled_rule(problem.recipe, part, iterations)
+    rule = compiled_rule(problem.recipe, part, iterations)
     nodes, weights = [], []
     for probe in range(probes):
         found = rule(problem.params, problem.mask, problem.start(2 + probe), problem.inputs, problem.targets)
@@ -117,7 +117,9 @@ def spectral_density(
 
 
 @lru_cache(maxsize=32)
-def _compiled_rule(recipe: Recipe, part: str, iterations: int) -> Callable:
+def compiled_rule(recipe: Recipe, part: str, iterations: int) -> Callable:
+    """``(params, mask, start, inputs, targets) -> (nodes, weights)`` of the spectrum as ``start`` sees it, compiled."""
+
     def rule(params: PyTree, mask: Array, start: Array, inputs: Array, targets: Array) -> tuple[Array, Array]:
         product = product_with(recipe, part, params, mask, inputs, targets)
         _, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, start)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from matfree import decomp
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.curvature import make_problem, product_with
+from escape_inference.trainers.curvature import Problem, make_problem, product_with
 from escape_inference.trainers.direction import sampling_error
 from escape_inference.trainers.losses import Apply, SampleLoss
 from escape_inference.trainers.minimum import Minimum
@@ -101,13 +101,7 @@ def top_hessian(
     iterations = min(2 * k + 20 if iterations is None else iterations, dimension)
     if iterations < k:
         raise InputError(f"iterations: must be at least k, {k}, got {iterations}.")
-    found = _compiled_lanczos(problem.recipe, part, k, iterations)(
-        problem.params, problem.mask, problem.start(), problem.inputs, problem.targets
-    )
-    eigenvalues, residuals = (np.asarray(result, float) for result in found[:2])
-    if not np.all(np.isfinite(eigenvalues)):
-        raise InputError("the Hessian is not finite at these parameters.")
-    vectors = np.asarray(found[2])
+    eigenvalues, residuals, vectors = eigenpairs(problem, part, k, iterations)
     converged = residuals < CONVERGED * np.abs(eigenvalues).max()
     error = float(residuals[0])
     if subsample is not None:
@@ -124,17 +118,38 @@ def top_hessian(
     )
 
 
+def eigenpairs(
+    problem: Problem, part: str, k: int, iterations: int, *, lowest: bool = False
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k p"]]:
+    """Eigenvalues from one end of the spectrum, outermost first, their residuals and their eigenvectors.
+
+    Raises:
+        InputError: a Hessian that is not finite.
+    """
+    found = _compiled_lanczos(problem.recipe, part, k, iterations, -1 if lowest else 1)(
+        problem.params, problem.mask, problem.start(), problem.inputs, problem.targets
+    )
+    eigenvalues, residuals = (np.asarray(result, float) for result in found[:2])
+    if not np.all(np.isfinite(eigenvalues)):
+        raise InputError("the Hessian is not finite at these parameters.")
+    return eigenvalues, residuals, np.asarray(found[2])
+
+
 @lru_cache(maxsize=32)
-def _compiled_lanczos(recipe: Recipe, part: str, k: int, iterations: int) -> Callable:
+def _compiled_lanczos(recipe: Recipe, part: str, k: int, iterations: int, sign: int) -> Callable:
     def spectrum(
         params: PyTree, mask: Array, start: Array, inputs: Array, targets: Array
     ) -> tuple[Array, Array, Array]:
-        product = product_with(recipe, part, params, mask, inputs, targets)
+        forward = product_with(recipe, part, params, mask, inputs, targets)
+
+        def product(vector: Array) -> Array:
+            return sign * forward(vector)
+
         basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, start)
         values, vectors = jnp.linalg.eigh(matrix)
         values, vectors = values[::-1][:k], (vectors.T @ basis)[::-1][:k]
         vectors = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
         images = jax.lax.map(product, vectors)
-        return values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1), vectors
+        return sign * values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1), vectors
 
     return jax.jit(spectrum)

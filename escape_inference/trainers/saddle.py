@@ -1,0 +1,235 @@
+"""The saddle between two minima: how high it is, and how sharply it falls off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+from matfree import decomp
+
+from escape_inference.errors import InputError
+from escape_inference.trainers.curvature import Problem, make_problem
+from escape_inference.trainers.density import compiled_rule
+from escape_inference.trainers.hessian import eigenpairs
+from escape_inference.trainers.losses import Apply, SampleLoss
+from escape_inference.trainers.lowest_path import relax_path, straight_path
+from escape_inference.trainers.minimum import Minimum, Progress, parameters_of
+from escape_inference.trainers.sgd import Recipe
+
+LANCZOS = 40
+"""Most Lanczos iterations for the lowest eigenvalues."""
+LOWEST = 5
+"""Eigenvalues at the lower end that are looked at."""
+NEGLIGIBLE = 1e-3
+"""A negative eigenvalue counts if it is below minus this fraction of the largest one."""
+LARGEST_STEP = 0.1
+"""Of the search for the saddle, over the distance of two neighbours on the path."""
+MIXED = 1e-3
+"""Share of random directions in a starting vector that may be an eigenvector."""
+SAFE = 0.5
+"""Learning rate of descents, over one divided by the largest curvature."""
+
+
+@dataclass(frozen=True)
+class Saddle:
+    """The highest point of the lowest path that was found.
+
+    Attributes:
+        params: the parameters there, a pytree.
+        loss_barrier: full-batch loss there, L^s.
+        loss_barrier_se: how far the true stationary value may be, ``g^T |H|^-1 g / 2`` from the gradient left.
+        hessian_saddle: absolute value of the negative eigenvalue, h^s, 1/time (NaN if there is none).
+        hessian_saddle_se: its residual.
+        gradient_norm: Euclidean norm of the full-batch gradient there.
+        negative: number of negative eigenvalues among the lowest ones; 1 at a saddle that a path crosses.
+        lowest: the lowest eigenvalues, 1/time.
+        path_losses: full-batch loss along the relaxed path, from the first minimum to the second.
+        converged: a small gradient and exactly one negative eigenvalue.
+        note: what is not as it should be, in a sentence; empty if converged.
+    """
+
+    params: PyTree
+    loss_barrier: float
+    loss_barrier_se: float
+    hessian_saddle: float
+    hessian_saddle_se: float
+    gradient_norm: float
+    negative: int
+    lowest: Float[np.ndarray, " k"]
+    path_losses: Float[np.ndarray, " m"]
+    converged: bool
+    note: str
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the measured table holds of it."""
+        names = ("loss_barrier", "loss_barrier_se", "hessian_saddle", "hessian_saddle_se")
+        return {"barrier": "saddle"} | {name: getattr(self, name) for name in names}
+
+
+def find_saddle(
+    apply: Apply,
+    start: Minimum | PyTree,
+    end: Minimum | PyTree,
+    inputs: Array | np.ndarray,
+    targets: Array | np.ndarray,
+    *,
+    images: int = 15,
+    path_iterations: int = 300,
+    refine_iterations: int = 100,
+    gradient_norm: float = 1e-4,
+    learning_rate: float | None = None,
+    loss: str | SampleLoss = "mean_square",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Saddle:
+    """Find the saddle on the path of lowest loss from one minimum to another.
+
+    A path is relaxed by the string method; from its highest point the search climbs along the lowest eigenvector of the
+    Hessian and descends in every other direction, with Newton's step along the eigenvector (min-mode following;
+    Henkelman and Jonsson, J. Chem. Phys. 111, 7010, 1999), until the gradient is small. Between minima of wide networks
+    the barrier may vanish as the path relaxes (Draxler et al., ICML 2018): then there is no saddle, and ``note`` says so.
+
+    Args:
+        apply: ``(params, inputs) -> predictions``, any JAX function.
+        start: the minimum that is left, a ``Minimum`` or a pytree of parameters.
+        end: the minimum reached, or a point beyond the saddle that is lower than the start.
+        inputs: samples first.
+        targets: samples first.
+        images: points of the path, both ends included.
+        path_iterations: descents of the path.
+        refine_iterations: most steps of the search for the saddle.
+        gradient_norm: it ends below this gradient norm.
+        learning_rate: of descents; None: half of one over the largest curvature at both ends and between them.
+        loss: as in ``train_minimum``.
+        seed: of the Lanczos starting vectors.
+        progress: called as ``progress(iterations done, iterations to do, message)``.
+
+    Raises:
+        InputError: an argument that cannot be used, or a loss that is not finite on the way.
+
+    Examples:
+        The double well ``(x^2 - 1)^2`` has a saddle of height 1 and curvature -4 between its minima:
+
+        >>> saddle = find_saddle(
+        ...     lambda theta, x: theta * x, jnp.full(1, -1.0), jnp.full(1, 1.0), jnp.ones((2, 1)), jnp.zeros((2, 1)),
+        ...     loss=lambda prediction, target: (prediction[0] ** 2 - 1) ** 2 + 0 * target[0], images=6)
+        >>> round(saddle.loss_barrier, 4), round(saddle.hessian_saddle, 3), saddle.negative, saddle.converged
+        (1.0, 4.0, 1, True)
+    """
+    if int(images) != images or images < 3:
+        raise InputError(f"images: must be an integer of at least 3, got {images}.")
+    problem = make_problem(apply, start, inputs, targets, loss=loss, seed=seed)
+    origin, unravel = ravel_pytree(problem.params)
+    goal = ravel_pytree(parameters_of(end))[0]
+    if goal.shape != origin.shape or not bool(jnp.any(goal != origin)):
+        raise InputError("end: must be another point with parameters of the same shapes.")
+    path = straight_path(origin, goal, images)
+    curvature = max(_top(problem, unravel(point)) for point in (origin, path[images // 2], goal))
+    rate = SAFE / curvature if learning_rate is None else learning_rate
+    if progress:
+        progress(0, refine_iterations, "relaxing the path")
+    path, levels = relax_path(problem, path, iterations=path_iterations, learning_rate=rate)
+    heights = np.asarray(levels, float)
+    if not np.all(np.isfinite(heights)):
+        raise InputError("the loss is not finite along the path. Lower the learning rate.")
+    highest = int(np.argmax(heights))
+    if highest in (0, images - 1):
+        note = "the loss has no maximum between the ends of the path: no barrier was found."
+        return _describe(problem, unravel(path[highest]), heights, gradient_norm, curvature, note)
+    point = path[highest]
+    longest = LARGEST_STEP * float(jnp.linalg.norm(path[1] - path[0]))
+    tangent = path[highest + 1] - path[highest - 1]
+    search = _compiled_search(problem.recipe, min(LANCZOS, problem.dimension))
+    for step in range(refine_iterations):
+        numbers = jnp.float32(rate), jnp.float32(longest)
+        new, tangent, slope = search(problem.params, point, tangent, *numbers, problem.inputs, problem.targets)
+        if progress:
+            progress(step + 1, refine_iterations, f"saddle, gradient norm {float(slope):.2g}")
+        if not float(slope) > gradient_norm:
+            break
+        point = new
+    return _describe(problem, unravel(point), heights, gradient_norm, curvature, "")
+
+
+def _top(problem: Problem, params: PyTree) -> float:
+    """The largest absolute eigenvalue, roughly."""
+    there = replace(problem, params=params)
+    iterations = min(12, problem.dimension)
+    return float(max(abs(eigenpairs(there, "hessian", 1, iterations, lowest=low)[0][0]) for low in (False, True)))
+
+
+@lru_cache(maxsize=32)
+def _compiled_search(recipe: Recipe, iterations: int) -> Callable:
+    """One step of min-mode following: ``-> (point, lowest eigenvector, gradient norm before the step)``."""
+
+    def search(
+        params: PyTree, point: Array, mode: Array, rate: Array, longest: Array, inputs: Array, targets: Array
+    ) -> tuple[Array, Array, Array]:
+        unravel = ravel_pytree(params)[1]
+        slope, tangent = jax.linearize(jax.grad(lambda at: recipe.mean_loss(unravel(at), inputs, targets)), point)
+        value, mode = _lowest_mode(tangent, mode, iterations)
+        along = slope @ mode
+        across = slope - along * mode
+        newton = along / jnp.maximum(jnp.abs(value), 1e-12)
+        step = jnp.where(jnp.abs(newton) > longest, jnp.sign(newton) * longest, newton) * mode - rate * across
+        length = jnp.linalg.norm(step)
+        step = step * jnp.minimum(1.0, longest / jnp.maximum(length, 1e-30))
+        return point + step, mode, jnp.linalg.norm(slope)
+
+    return jax.jit(search)
+
+
+def _lowest_mode(product: Callable[[Array], Array], start: Array, iterations: int) -> tuple[Array, Array]:
+    basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, _mixed(start))
+    values, vectors = jnp.linalg.eigh(matrix)
+    mode = vectors[:, 0] @ basis
+    return values[0], mode / jnp.linalg.norm(mode)
+
+
+def _mixed(vector: Array) -> Array:
+    """The vector with a little of every direction, since Lanczos cannot go on from an exact eigenvector."""
+    noise = jax.random.normal(jax.random.key(0, impl="threefry2x32"), vector.shape, vector.dtype)
+    return vector + MIXED * jnp.linalg.norm(vector) / vector.size**0.5 * noise
+
+
+def _describe(
+    problem: Problem, params: PyTree, heights: np.ndarray, wanted: float, curvature: float, note: str
+) -> Saddle:
+    """What is at the point that the search ended at."""
+    there = replace(problem, params=params)
+    level, gradient = jax.jit(jax.value_and_grad(problem.recipe.mean_loss))(params, problem.inputs, problem.targets)
+    slope = ravel_pytree(gradient)[0]
+    norm = float(jnp.linalg.norm(slope))
+    iterations = min(LANCZOS, problem.dimension)
+    values, residuals, _ = eigenpairs(there, "hessian", min(LOWEST, problem.dimension), iterations, lowest=True)
+    negative = int((values < -NEGLIGIBLE * curvature).sum())
+    error = 0.0
+    if norm > 0:
+        rule = compiled_rule(problem.recipe, "hessian", iterations)
+        nodes, weights = rule(params, problem.mask, _mixed(slope), problem.inputs, problem.targets)
+        error = float(0.5 * norm**2 * jnp.sum(weights / jnp.maximum(jnp.abs(nodes), 1e-12)))
+    if not note and not norm <= wanted:
+        note = f"the gradient norm is {norm:.2g}, above {wanted:.2g}: more refine_iterations may help."
+    if not note and negative != 1:
+        note = f"there are {negative} negative eigenvalues: no simple saddle."
+    return Saddle(
+        params=params,
+        loss_barrier=float(level),
+        loss_barrier_se=error,
+        hessian_saddle=float(-values[0]) if negative else float("nan"),
+        hessian_saddle_se=float(residuals[0]) if negative else float("nan"),
+        gradient_norm=norm,
+        negative=negative,
+        lowest=values,
+        path_losses=heights,
+        converged=not note,
+        note=note,
+    )
