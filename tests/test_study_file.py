@@ -199,7 +199,7 @@ def test_options_of_the_data_can_be_a_grid_of_the_minima(tmp_path: Path) -> None
     assert [spec.data_options for spec in study.minima] == [{"samples": 200, "dimension": d} for d in (1, 3)]
 
 
-@pytest.mark.parametrize("name", ["quick", "linear_regression", "mnist_two_class"])
+@pytest.mark.parametrize("name", ["quick", "kills", "campaign", "linear_regression", "mnist_two_class", "mnist_minima"])
 def test_the_studies_that_ship_are_valid(name: str) -> None:
     study = read_study(Path(__file__).parent.parent / "scripts" / "studies" / f"{name}.toml")
     assert study.conditions

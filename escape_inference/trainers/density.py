@@ -34,22 +34,23 @@ class SpectralDensity:
     dimension: int
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-        """The mean of a function over all eigenvalues, and its standard error over probes."""
+        """The mean of a function over all eigenvalues, and its standard error.
+
+        The error is the larger of the scatter over probes, which a few probes may understate, and of what normal probes
+        are known to scatter: ``sqrt(2 <f^2> / (dimension probes))``.
+        """
         values = (self.weights * function(self.nodes)).sum(1)
-        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-        return float(values.mean()), float(error)
+        scatter = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+        square = float((self.weights * function(self.nodes) ** 2).sum(1).mean())
+        return float(values.mean()), max(float(scatter), float(np.sqrt(2 * square / (self.dimension * len(values)))))
 
     def count_above(self, level: float) -> tuple[float, float]:
         """The number of eigenvalues above a level, and its standard error.
 
-        A probe sees each eigenvalue with a weight of chi-square type, so that n eigenvalues are counted with an error of
-        ``sqrt(2 n / probes)``: few are counted poorly, many well. The error given is the larger of that (for n of at
-        least 1) and of the scatter over probes, which a few probes may understate.
+        Few eigenvalues are counted poorly, with an error of at least ``sqrt(2 n / probes)`` (n not below 1), many well.
         """
         mean, error = self.mean(lambda nodes: (nodes > level).astype(float))
-        count = self.dimension * mean
-        least = float(np.sqrt(2 * max(count, 1.0) / len(self.nodes)))
-        return count, max(self.dimension * error, least)
+        return self.dimension * mean, max(self.dimension * error, float(np.sqrt(2 / len(self.nodes))))
 
     def density(self, at: Float[np.ndarray, " m"], width: float) -> Float[np.ndarray, " m"]:
         """The density per unit of 1/time, smoothed by normal kernels of standard deviation ``width``; its area is 1."""

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array
 
-from escape_inference.trainers.density import spectral_density
+from escape_inference.trainers.density import SpectralDensity, spectral_density
 from escape_inference.trainers.hessian import HessianSpectrum, top_hessian
 from escape_inference.trainers.losses import Apply, SampleLoss
 from escape_inference.trainers.minimum import Minimum
@@ -71,12 +71,29 @@ def spectrum_record(
     if section.density_probes:
         settings |= {"probes": section.density_probes, "iterations": section.density_iterations}
         density = spectral_density(apply, minimum, inputs, targets, **settings)
-        trace, trace_se = density.mean(lambda nodes: nodes)
-        record |= {"trace": parameters * trace, "trace_se": parameters * trace_se}
-        if record["bulk_edge"] is not None:
-            count, count_se = density.count_above(counted.bulk_edge * counted.gap**0.5)
-            record |= {"outliers_by_density": count, "outliers_by_density_se": count_se}
+        record |= density_record(density, spectrum, parameters)
     return record
+
+
+def density_record(density: SpectralDensity, spectrum: HessianSpectrum, parameters: int) -> dict[str, float]:
+    """The trace, and the number of eigenvalues above the middle of the gap, with their errors.
+
+    The outliers enter the trace as they are, and only the bulk below them by quadrature, whose error they would decide.
+    """
+    counted = spectrum.counted
+    if np.isnan(counted.bulk_edge):
+        trace, error = density.mean(lambda nodes: nodes)
+        return {"trace": parameters * trace, "trace_se": parameters * error}
+    level = counted.bulk_edge * counted.gap**0.5
+    bulk, error = density.mean(lambda nodes: nodes * (nodes <= level))
+    outliers = float(spectrum.eigenvalues[: counted.count].sum())
+    count, count_se = density.count_above(level)
+    return {
+        "trace": outliers + parameters * bulk,
+        "trace_se": parameters * error,
+        "outliers_by_density": count,
+        "outliers_by_density_se": count_se,
+    }
 
 
 def spectrum_table(minimum: str, record: dict[str, Any]) -> pd.DataFrame:
