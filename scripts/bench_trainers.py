@@ -1,25 +1,31 @@
 """Speed of the trainers on the network of the published experiments: 784-100-100-100-1 ReLU, 5,000 MNIST samples.
 
-    python scripts/bench_trainers.py [--steps 1000] [--replicas 16] [--skip-misses]
+    python scripts/bench_trainers.py [--steps 1000] [--replicas 16] [--skip-misses] [--torch other/venv/bin/python]
 
 Prints, for batch sizes 8 and 100: SGD iterations of replicas per second (one by one in cache on all processors, and
 vectorised over replicas), what an iteration costs with two-stage looks at every iteration against SGD alone, and how
 many crossings the screens miss, by comparison with exact looks on the same random numbers. Processor time is given
-beside wall time, because the former does not suffer from other programs.
+beside wall time, because the former does not suffer from other programs. Then the share of the machine's matrix-multiply
+peak, the time of the top 20 Hessian eigenvalues, and the memory of 1,000 replicas. With ``--torch`` (an interpreter that has
+PyTorch, which this project never needs itself) scripts/bench_torch.py runs too, and the ratios are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import resource
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from escape_inference.trainers import Minimum, measure_escape, train_minimum
+from escape_inference.trainers import Minimum, measure_escape, top_hessian, train_minimum
 from escape_inference.trainers.datasets import load_data
 from escape_inference.trainers.engines import make_engine
 from escape_inference.trainers.looks import World
@@ -96,8 +102,8 @@ def report(
     replicas: int,
     steps: int,
     misses: bool,
-) -> None:
-    """Measure one setting and print it."""
+) -> float:
+    """Measure one setting, print it, and return the replica-iterations per second of SGD alone."""
     alone = sgd_alone(apply, minimum, inputs, targets, setting, replicas, 200)
     common: dict = {
         "learning_rate": setting.learning_rate,
@@ -137,10 +143,59 @@ def report(
         screened = measure_escape(apply, minimum, inputs, targets, looks="screened", **runs, **common)
         late = int(np.sum(exact.rows["steps"].to_numpy() != screened.rows["steps"].to_numpy()))
         print(f"  against exact looks from the minimum: {late} of {exact.escapes} crossings seen late or not at all")
+    return max(1 / alone["wall"], 1 / alone["wall_vectorised"])
 
 
-def main(replicas: int, steps: int, misses: bool) -> None:
-    """Train the minimum, then report both batch sizes."""
+def matrix_peak(size: int = 2000) -> float:
+    """Floating-point operations per second of a large matrix product in single precision."""
+    square = jnp.ones((size, size))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(square).block_until_ready()
+    best = min(clock(lambda: multiply(square).block_until_ready())[0] for _ in range(5))
+    return 2 * size**3 / best
+
+
+def operations(batch_size: int) -> float:
+    """Of one SGD iteration: every weight in a product forward, one for its gradient, one for the gradient passed on."""
+    first, others = 784 * 100, 2 * 100 * 100 + 100
+    return batch_size * (4 * first + 6 * others)
+
+
+def eigenvalues(apply: Callable, minimum: Minimum, inputs: jax.Array, targets: jax.Array) -> float:
+    """Seconds for the top 20 Hessian eigenvalues, after compilation."""
+    spectra = []
+    for _ in range(3):
+        wall, _ = clock(lambda: spectra.append(top_hessian(apply, minimum, inputs, targets, k=20, iterations=60)))
+    worst = (spectra[-1].residuals / spectra[-1].top).max()
+    print(f"top 20 Hessian eigenvalues: {wall:.2f} s; largest residual {worst:.1g} of the largest eigenvalue")
+    return wall
+
+
+def memory(apply: Callable, minimum: Minimum, inputs: jax.Array, targets: jax.Array) -> None:
+    """Advance 1,000 replicas a little, and print the most memory that this process has had."""
+    measure_escape(
+        apply, minimum, inputs, targets, learning_rate=0.1, batch_size=8, loss_barrier=5 * minimum.loss_minimum,
+        replicas=1000, steps=64, burn_in=(0, 0), seed=2,
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"1,000 replicas: {peak:.2f} GiB at most in this process")
+
+
+def against_torch(python: Path, speeds: dict[int, float], wall: float) -> None:
+    """Run the same work in PyTorch and print the ratios."""
+    script = Path(__file__).with_name("bench_torch.py")
+    text = subprocess.run([str(python), str(script)], check=True, capture_output=True, text=True).stdout
+    print(text, end="")
+    for batch, eager, together in re.findall(r"B (\d+): eager (\d+), vmap (\d+)", text):
+        ratio = speeds[int(batch)] / max(float(eager), float(together))
+        print(f"SGD at B = {batch}: {ratio:.1f} times PyTorch in its fastest form")
+    seconds = re.search(r"Lanczos: ([\d.]+) s", text)
+    if seconds:
+        print(f"top 20 eigenvalues: {float(seconds[1]) / wall:.1f} times as fast as Lanczos in PyTorch")
+
+
+def main(replicas: int, steps: int, misses: bool, torch: Path | None) -> None:
+    """Train the minimum, then report everything."""
     data = load_data("mnist_two_class")
     network = load_network("multilayer_perceptron", data)
     inputs, targets = jnp.asarray(data.inputs), jnp.asarray(data.targets)
@@ -150,8 +205,17 @@ def main(replicas: int, steps: int, misses: bool) -> None:
         lambda: minima.append(train_minimum(network.apply, network.init(root_key(1)), inputs, targets, **settings))
     )
     print(f"minimum: loss {minima[0].loss_minimum:.3g}, gradient norm {minima[0].gradient_norm:.2g}, {wall:.1f} s")
+    peak, speeds = matrix_peak(), {}
     for setting in (Setting(8, 0.1, 5.0), Setting(100, 0.2, 2.0)):
-        report(network.apply, minima[0], inputs, targets, setting, replicas, steps, misses and setting.batch_size == 8)
+        several = misses and setting.batch_size == 8
+        speed = report(network.apply, minima[0], inputs, targets, setting, replicas, steps, several)
+        speeds[setting.batch_size] = speed
+        share = speed * operations(setting.batch_size) / peak
+        print(f"  share of the matrix-multiply peak, {peak / 1e9:.0f} GFlop/s: {100 * share:.0f} %")
+    seconds = eigenvalues(network.apply, minima[0], inputs, targets)
+    if torch is not None:
+        against_torch(torch, speeds, seconds)
+    memory(network.apply, minima[0], inputs, targets)
 
 
 if __name__ == "__main__":
@@ -159,5 +223,6 @@ if __name__ == "__main__":
     parser.add_argument("--replicas", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--skip-misses", action="store_true")
+    parser.add_argument("--torch", type=Path, help="a Python that has PyTorch, to compare with")
     arguments = parser.parse_args()
-    main(arguments.replicas, arguments.steps, not arguments.skip_misses)
+    main(arguments.replicas, arguments.steps, not arguments.skip_misses, arguments.torch)
