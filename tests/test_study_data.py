@@ -1,14 +1,19 @@
 """Data and networks by name or import path, and everything that is refused before training."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from escape_inference.errors import InputError
+from escape_inference.row_groups import ramp_codes
+from escape_inference.table import read_measurements
 from escape_inference.trainers.datasets import Dataset, check_data, load_data
 from escape_inference.trainers.networks import load_network
 
@@ -181,3 +186,41 @@ def test_a_network_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         load_network(name, own, options, folder=folder)
+
+
+DATA = Path(__file__).parent.parent / "data"
+RESOURCES = json.loads((DATA / "datapackage.json").read_text(encoding="utf-8"))["resources"]
+
+
+@pytest.mark.parametrize("resource", RESOURCES, ids=lambda resource: resource["name"])
+def test_what_ships_is_what_the_data_package_describes(resource: dict) -> None:
+    content = (DATA / resource["path"]).read_bytes()
+    assert len(content) == resource["bytes"] < 2 * 2**20
+    assert f"sha256:{hashlib.sha256(content).hexdigest()}" == resource["hash"]
+    if resource["format"] == "csv":
+        table = pd.read_csv(DATA / resource["path"])
+        assert list(table) == [field["name"] for field in resource["schema"]["fields"]]
+        assert "escape-inference collect scripts/studies/" in resource["measured"]["command"]
+
+
+def test_every_file_that_ships_is_described() -> None:
+    described = {resource["path"] for resource in RESOURCES} | {"datapackage.json"}
+    assert {path.name for path in DATA.iterdir()} == described
+
+
+def test_the_twelve_minima_have_escapes_ramps_and_spectra() -> None:
+    table = read_measurements(DATA / "mnist_minima.csv")
+    critical = pd.read_csv(DATA / "mnist_minima_critical_learning_rates.csv")
+    spectra = pd.read_csv(DATA / "mnist_minima_spectra.csv")
+    minima = pd.read_csv(DATA / "mnist_minima_minima.csv")
+    assert len(minima.drop_duplicates(["learning_rate", "batch_size"])) == 12
+    for frame in (table, critical, spectra):
+        assert set(frame["minimum"]) == set(minima["minimum"])
+    in_ramp, _ = ramp_codes(table)
+    assert table.loc[in_ramp, "run"].nunique() == len(critical) == 96
+    quasi = table[table["start"] == "quasi_stationary"]
+    assert quasi.groupby("minimum", observed=True)["escaped"].sum().gt(0).all()
+    top = spectra.query("part == 'hessian' and rank == 1").set_index("minimum")["eigenvalue"]
+    assert minima.set_index("minimum")["hessian_minimum"].to_dict() == top.to_dict()
+    assert (spectra["residual"] < 1e-3 * spectra["minimum"].map(top)).all()
+    assert (critical["upper"] < 1.3 * 2 / critical["hessian_minimum"]).all()
