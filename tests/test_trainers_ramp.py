@@ -12,7 +12,7 @@ from escape_inference.errors import InputError
 from escape_inference.row_groups import ramp_codes
 from escape_inference.table import read_measurements
 from escape_inference.trainers import RampRecord, learning_rate_levels, measure_ramp
-from escape_inference.trainers.ramp import critical_median
+from escape_inference.trainers.ramp_record import critical_median
 
 
 @lru_cache

@@ -10,7 +10,8 @@ from escape_inference.trainers.minima import Minima, train_minima
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.noise import NoiseStrength, NoiseTrace, noise_along_training, noise_strength
 from escape_inference.trainers.outliers import OutlierCount, count_outliers
-from escape_inference.trainers.ramp import RampRecord, learning_rate_levels, measure_ramp
+from escape_inference.trainers.ramp import measure_ramp
+from escape_inference.trainers.ramp_record import RampRecord, learning_rate_levels
 from escape_inference.trainers.saddle import Saddle, find_saddle
 
 __all__ = [

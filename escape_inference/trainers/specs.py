@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from numpy import ndarray
 
-from escape_inference.trainers.ramp import learning_rate_levels
+from escape_inference.trainers.ramp_record import learning_rate_levels
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:

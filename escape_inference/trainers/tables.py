@@ -10,7 +10,7 @@ import pandas as pd
 from escape_inference.errors import InputError
 from escape_inference.table import read_measurements
 from escape_inference.trainers.escape import EscapeRecord
-from escape_inference.trainers.ramp import RampRecord
+from escape_inference.trainers.ramp_record import RampRecord
 from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe
 from escape_inference.trainers.spectra import LISTS, spectrum_table
 from escape_inference.trainers.storage import Campaign
