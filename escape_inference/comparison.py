@@ -151,7 +151,7 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
     for width in WIDTHS:
         log_weight = _log_prior_ratio(problem, fit.draws, width)
         source, values = fit.draws, fit.log_likelihood
-        if width != 1.0 and not array_stats.psislw(log_weight)[1] < pareto_limit(log_weight.size):
+        if width != 1.0 and not array_stats.psislw(-log_weight)[1] < pareto_limit(log_weight.size):
             say(f"{name}: sampling with prior widths ×{width:g}")
             source = run(everything, width, seed + 2)
             values, log_weight = _log_likelihood(problem, source), np.zeros_like(log_weight)

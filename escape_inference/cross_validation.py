@@ -64,7 +64,7 @@ def leave_one_out(
         if np.ptp(raw) < NEARLY_EQUAL:  # nothing to smooth: every weight is within a few per cent of the others
             weights, k = raw - logsumexp(raw), float("-inf")
         else:
-            weights, k = array_stats.psislw(raw)
+            weights, k = array_stats.psislw(-raw)  # it takes log-likelihoods and turns their sign itself
         score = float(logsumexp(weights + values))
         pointwise.append(score)
         shapes.append(float(k) if np.isfinite(score) else float("inf"))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.special import logsumexp
 
 from escape_inference.evidence import Evidence, smc
 from escape_inference.law import Law, Parameter
@@ -20,8 +21,10 @@ from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabul
 FEW_DIMENSIONS = 7
 PARTICLES = 2000
 BLOCK = 500
-NEAR_SDS, WIDE_SDS = 8.0, 3.5
-LOG_DIMENSIONS = (float(np.log(0.05)), float(np.log(200.0)))
+CHECKED = 500  #: points at which a table is compared with the law
+NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
+WIDE_SDS = 6.0  #: half the width of the wide table, in standard deviations of the prior
+LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(200.0)))
 SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
 
 
@@ -87,7 +90,8 @@ def explore(law: Law, inputs: Inputs, observed: Observations, shapes: Shapes, se
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)
     particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
-    return focus(replace(problem, evidence=evidence, particles=particles), particles)
+    problem = replace(problem, evidence=evidence, particles=particles)
+    return focus(replace(problem, evidence=_without_table(problem)), particles)
 
 
 def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
@@ -96,7 +100,8 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
     if target.inputs.surrogate is None:
         return problem
     z = target.to_model(points)
-    table = with_surrogate(problem, z.mean(axis=0), NEAR_SDS * z.std(axis=0) + 1e-6, "near")
+    low, high = z.min(axis=0), z.max(axis=0)
+    table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, "near")
     if table is None:
         return problem
     slots = _slots(table, problem.law, target.offset, target.scale)
@@ -160,19 +165,40 @@ def _evaluate_block(z: Array, inputs: Inputs, observed: Observations, law: Law, 
     return jax.vmap(lambda point: evaluate(point, law, dict(shapes), inputs, observed))(z)
 
 
-def table_error(problem: Problem, z: Float[np.ndarray, "draw slot"]) -> float:
+def table_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
     """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant."""
-    table = problem.target.inputs.surrogate
-    if table is None:
+    if problem.target.inputs.surrogate is None:
         return 0.0
-    points = problem.target.to_model(z)
-    count = len(_tabulated(problem.law, problem.inputs))
-    exact = _law_rates(problem, points)
-    slots = {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)}
-    prefactor, discrepancy = jnp.asarray(points[:, count]), discrepancy_of(jnp.asarray(points[:, count + 1]))
-    one, other = _scores(table, slots, jnp.asarray(exact), prefactor, discrepancy, problem.observed)
-    error = np.asarray(one - other)
+    error = _exact_minus_table(problem, points)
     return float(np.max(np.abs(error - error.mean())))
+
+
+def _without_table(problem: Problem) -> Evidence:
+    """The evidence of the law itself from that of its table: the mean likelihood ratio over particles of the posterior."""
+    evidence = problem.evidence
+    if problem.target.inputs.surrogate is None:
+        return evidence
+    log_ratio = _exact_minus_table(problem, problem.particles)
+    shift = logsumexp(log_ratio) - np.log(CHECKED)
+    error = float(np.std(np.exp(log_ratio - shift)) / np.sqrt(CHECKED / 2))
+    return replace(
+        evidence,
+        log_evidence=evidence.log_evidence + float(shift),
+        standard_error=float(np.hypot(evidence.standard_error, error)),
+    )
+
+
+def _exact_minus_table(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Float[np.ndarray, " checked"]:
+    """Log-likelihood by the law minus that by its table, at as many of the points as are checked."""
+    z = points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
+    table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
+    assert table is not None
+    count = len(problem.target.used) - 2
+    exact = jnp.asarray(_law_rates(problem, model))
+    prefactor, discrepancy = jnp.asarray(model[:, count]), discrepancy_of(jnp.asarray(model[:, count + 1]))
+    slots = {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)}
+    one, other = _scores(table, slots, exact, prefactor, discrepancy, problem.observed)
+    return np.asarray(one - other)
 
 
 @jax.jit

@@ -36,7 +36,6 @@ from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
-CHECKED_DRAWS = 200
 PRIOR_DRAWS = 1000
 
 
@@ -157,7 +156,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
         points = run.z.reshape(-1, run.z.shape[-1])
         convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
-        off = table_error(problem, points[:: max(1, len(points) // CHECKED_DRAWS)]) > TABLE_TOLERANCE
+        off = table_error(problem, points) > TABLE_TOLERANCE
         if attempt == 2 or not (off or not convergence.trustworthy):
             break
         if off:

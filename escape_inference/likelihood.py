@@ -169,7 +169,7 @@ def replicate_escapes(
 
 def _exponential_twin(observed: Observations) -> tuple[Array, Array]:
     """Escapes and exposure of the exponential likelihood that is closest to each condition's own."""
-    escapes, exposure = observed.escapes, observed.exposure_before + 0.5 * observed.escapes * observed.look_width
+    escapes, exposure = jnp.asarray(observed.escapes), observed.exposure_before + 0.5 * observed.escapes * observed.look_width
     if observed.delayed.size:
         escapes = escapes.at[observed.delayed].set(observed.table_escapes)
         exposure = exposure.at[observed.delayed].set(observed.table_exposure)
@@ -187,22 +187,25 @@ def _log_likelihood(log_rate: Array, observed: Observations) -> Array:
 def _mode_and_scale(
     log_rate: Array, discrepancy: Array, escapes: Array, exposure: Array, observed: Observations
 ) -> tuple[Array, Array]:
-    """Mode of the integrand in δ and its Gaussian width, from ``δ = dσ² − W(σ² E κ exp(dσ²))`` and two Newton steps."""
+    """Mode of the integrand in δ and its Gaussian width, from ``δ = dσ² − W(σ² E κ exp(dσ²))`` and Newton steps."""
     variance = discrepancy**2
     w = _lambert_w_of_exp(jnp.log(variance) + jnp.log(exposure) + log_rate + escapes * variance)
     mode = escapes * variance - w
     curvature = (1 + w) / variance
-    coarse = observed.look_width > 0
+    coarse = jnp.asarray(observed.look_width) > 0
     if observed.delayed.size:
         coarse = coarse.at[observed.delayed].set(False)
-    for _ in range(2):
-        y = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE)) * observed.look_width
-        e = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE)) * observed.exposure_before
+
+    def newton(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        mode, curvature = state
+        rate = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE))
+        y, e = rate * observed.look_width, rate * observed.exposure_before
         r = jnp.where(y < 1e-8, 1 - y / 2, y / jnp.expm1(jnp.clip(y, 1e-8, 600.0)))
         slope = observed.escapes * r - e - mode / variance
         bend = observed.escapes * r * (y + r - 1) + e + 1 / variance
-        mode = jnp.where(coarse, mode + slope / bend, mode)
-        curvature = jnp.where(coarse, bend, curvature)
+        return jnp.where(coarse, mode + slope / bend, mode), jnp.where(coarse, bend, curvature)
+
+    mode, curvature = jax.lax.fori_loop(0, 8, newton, (mode, curvature))
     return mode, 1 / jnp.sqrt(curvature)
 
 

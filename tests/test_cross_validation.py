@@ -24,8 +24,6 @@ OUTLIER = 6.5
 DATA = np.array([1.1, 0.4, 1.9, -0.6, 0.8, 2.3, 1.0, 0.1, 1.4, 0.7])
 
 
-WRONG_SIGN = pytest.mark.xfail(strict=True, reason="the importance weights are smoothed with the wrong sign")
-
 
 def posterior(data, prior_sd=PRIOR_SD):
     precision = len(data) / NOISE**2 + prior_sd**-2
@@ -48,7 +46,6 @@ def log_likelihood(mean, data=DATA):
     return norm.logpdf(data, mean[..., None], NOISE)
 
 
-@WRONG_SIGN
 def test_scores_are_those_of_the_conjugate_model_within_their_monte_carlo_error():
     runs = np.array([leave_one_out(log_likelihood(draws(DATA, seed))).pointwise for seed in range(20)])
     error = runs.std(axis=0, ddof=1)
@@ -64,7 +61,6 @@ def test_the_order_of_chains_and_draws_does_not_matter():
     np.testing.assert_allclose(leave_one_out(shuffled).pointwise, leave_one_out(values).pointwise, rtol=1e-10)
 
 
-@WRONG_SIGN
 def test_scores_and_pareto_shapes_are_those_of_arviz():
     data = np.append(DATA, 4.4)
     values = log_likelihood(draws(data), data)
@@ -88,7 +84,6 @@ def test_the_standard_error_is_that_of_a_sum_over_conditions():
     assert np.isnan(LeaveOneOut(np.array([-1.0]), np.zeros(1), np.zeros(1, bool)).standard_error)
 
 
-@WRONG_SIGN
 def test_weighted_draws_score_another_prior():
     """Draws under prior sd 2, weights for prior sd 0.5."""
     scores = []
@@ -109,7 +104,6 @@ def test_a_constant_in_the_weights_changes_nothing():
     np.testing.assert_allclose(one.pareto_k, two.pareto_k, atol=1e-6)
 
 
-@WRONG_SIGN
 def test_a_condition_that_one_draw_decides_has_a_high_pareto_shape_and_is_refitted_exactly():
     data = np.append(DATA, OUTLIER)
     loo = leave_one_out(log_likelihood(draws(data), data))
@@ -152,7 +146,6 @@ def test_a_condition_that_tells_nothing_needs_no_smoothing():
     assert needs_refit(loo, 2000).size == 0
 
 
-@WRONG_SIGN
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_draw_that_rules_a_condition_out_calls_for_a_refit():
     values = log_likelihood(draws(DATA))

@@ -208,7 +208,6 @@ def test_without_a_discrepancy_the_likelihood_is_that_of_the_rate():
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="the mode of the integrand is not found where nearly every look finds an escape")
 @pytest.mark.parametrize(
     ("escapes", "looks", "miss", "discrepancy"),
     [(40, 41, 6.0, 0.3), (1000, 1000, 1.5, 0.3), (40, 40, 3.0, 1.0), (1000, 1000, 1.5, 3.0)],
