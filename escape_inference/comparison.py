@@ -1,6 +1,8 @@
 """Compare laws on one table: leave-one-condition-out, evidence, and a verdict that is withheld when it should be."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import permutations
@@ -48,6 +50,8 @@ from escape_inference.summary import jsonable, law_sentence, parameter_summary
 from escape_inference.verdict import WIDTHS, Candidate, Pair, decide
 
 Progress = Callable[[str], None]
+REFIT_DRAWS = 400  #: draws a chain of a fit that leaves one condition out
+PARALLEL = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,11 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
     problem = fit.problem
     say(f"{name}: evidence")
 
-    def run(weight: np.ndarray, width: float, seed: int) -> Draws:
-        return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    def run(weight: np.ndarray, width: float, seed: int, count: int = draws) -> Draws:
+        with jax.enable_x64(True):  # a setting of each thread
+            return run_chains(
+                problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains, count=count
+            )
 
     def bridge(draws: Draws, width: float) -> Evidence:
         target = problem.target
@@ -147,32 +154,36 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
         return bridge_log_evidence(densities(target.law, target.shapes)[0], draws.z, data=data, seed=seed)
 
     evidence, loo = {1.0: bridge(fit.draws, 1.0)}, {}
-    sources: dict[float, tuple[Draws, np.ndarray, float]] = {}
-    for width in WIDTHS:
-        log_weight = _log_prior_ratio(problem, fit.draws, width)
-        source, values = fit.draws, fit.log_likelihood
-        if width != 1.0 and not array_stats.psislw(-log_weight)[1] < pareto_limit(log_weight.size):
-            say(f"{name}: sampling with prior widths ×{width:g}")
-            source = run(everything, width, seed + 2)
-            values, log_weight = _log_likelihood(problem, source), np.zeros_like(log_weight)
+    sources = {width: (fit.draws, fit.log_likelihood, _log_prior_ratio(problem, fit.draws, width)) for width in WIDTHS}
+    limit = pareto_limit(draws * chains)
+    far = [w for w in WIDTHS if w != 1.0 and not array_stats.psislw(-sources[w][2])[1] < limit]
+    if far:
+        say(f"{name}: sampling with prior widths {', '.join(f'×{w:g}' for w in far)}")
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for width, source in zip(far, pool.map(lambda w: run(everything, w, seed + 2), far), strict=True):
+            sources[width] = source, _log_likelihood(problem, source), np.zeros(draws * chains)
             evidence[width] = bridge(source, width)
-        elif width != 1.0:
-            evidence[width] = _reweighted(evidence[1.0], log_weight)
-        loo[width] = leave_one_out(values, log_weight)
-        sources[width] = (source, log_weight, 1.0 if source is fit.draws else width)
-    left_out: dict[tuple[float, int], tuple[Draws, np.ndarray]] = {}
+        for width, (_, values, log_weight) in sources.items():
+            if width not in evidence:
+                evidence[width] = _reweighted(evidence[1.0], log_weight)
+            loo[width] = leave_one_out(values, log_weight)
+        wanted = {(w if w in far else 1.0, int(i)) for w in WIDTHS for i in needs_refit(loo[w], draws * chains)}
+        if wanted:
+            say(f"{name}: exact fits without {len({i for _, i in wanted})} conditions that single draws decide")
+
+        def without(task: tuple[float, int]) -> Draws:
+            weight = everything.copy()
+            weight[task[1]] = 0.0
+            return run(weight, task[0], seed + 3, REFIT_DRAWS)
+
+        left_out = dict(zip(sorted(wanted), pool.map(without, sorted(wanted)), strict=True))
+    scores = {task: _log_likelihood(problem, draws)[..., task[1]].ravel() for task, draws in left_out.items()}
     for width in WIDTHS:
-        found, sampled_width = {}, sources[width][2]
+        found, sampled_width = {}, width if width in far else 1.0
         for i in map(int, needs_refit(loo[width], draws * chains)):
-            if (sampled_width, i) not in left_out:
-                say(f"{name}: sampling without condition {i + 1}")
-                weight = everything.copy()
-                weight[i] = 0.0
-                without = run(weight, sampled_width, seed + 3)
-                left_out[sampled_width, i] = without, _log_likelihood(problem, without)[..., i].ravel()
-            without, values = left_out[sampled_width, i]
-            ratio = _log_prior_ratio(problem, without, width) if width != sampled_width else np.zeros(values.size)
-            found[i] = values, ratio
+            task = sampled_width, i
+            ratio = _log_prior_ratio(problem, left_out[task], width) if width != sampled_width else np.zeros(1)
+            found[i] = scores[task], np.broadcast_to(ratio, scores[task].shape)
         loo[width] = with_refits(loo[width], found)
     return LawResult(fit, loo, evidence)
 

@@ -102,10 +102,10 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
     z = target.to_model(points)
     low, high = z.min(axis=0), z.max(axis=0)
     table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, "near")
-    if table is None:
+    if table is None or table.surrogate is None:
         return problem
     slots = _slots(table, problem.law, target.offset, target.scale)
-    return replace(problem, near_inputs=table, target=slots)
+    return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
 
 
 def untabulated(problem: Problem) -> Problem:

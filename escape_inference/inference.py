@@ -123,10 +123,11 @@ def run_chains(
     draws: int = DRAWS,
     warmup: int = WARMUP,
     chains: int = CHAINS,
+    count: int | None = None,
 ) -> Draws:
     """Sample the posterior; ``weight`` 0 leaves a condition out, ``width`` multiplies the prior's standard deviations.
 
-    Neither compiles anew.
+    ``count`` ends every chain after so many draws. None of the three compiles anew.
     """
     rng = np.random.default_rng(seed)
     target = problem.target
@@ -139,11 +140,12 @@ def run_chains(
         target.inputs,
         replace(problem.observed, weight=jnp.asarray(weight, float)),
         jnp.asarray(width, float),
+        jnp.asarray(count := min(count or draws, draws)),
         log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,
         draws=draws,
     )
-    return Draws(*(np.asarray(x) for x in result))
+    return Draws(*(np.asarray(x)[:, :count] for x in result))
 
 
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:

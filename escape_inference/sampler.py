@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from numpyro.infer.hmc import HMCState, hmc
 
 from escape_inference.likelihood import Observations
@@ -40,12 +40,15 @@ def sample(
     inputs: Inputs,
     observed: Observations,
     width: Float[Array, ""],
+    count: Int[Array, ""],
     *,
     log_joint: LogDensity,
     warmup: int,
     draws: int,
 ) -> Draws:
-    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too) and ``width`` compile nothing new.
+    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``width`` and ``count`` compile nothing new.
+
+    Only the first ``count`` of the ``draws`` places are filled.
 
     The mass matrix is dense and starts at ``covariance``, so that combinations of parameters that the data fix are as easy as single ones.
     """
@@ -78,9 +81,15 @@ def sample(
                 state.adapt_state.step_size,
             )
 
-        state, _ = jax.lax.scan(lambda s, _: (step(s), None), state, None, length=warmup)
-        _, output = jax.lax.scan(record, state, None, length=draws)
-        return output
+        state = jax.lax.fori_loop(0, warmup, lambda _, state: step(state), state)
+        _, first = jax.eval_shape(record, state, None)
+        room = tuple(jnp.zeros((draws, *x.shape), x.dtype) for x in first)
+
+        def keep(i: Array, carry: tuple[HMCState, tuple[Array, ...]]) -> tuple[HMCState, tuple[Array, ...]]:
+            state, new = record(carry[0], None)
+            return state, tuple(x.at[i].set(y) for x, y in zip(carry[1], new, strict=True))
+
+        return jax.lax.fori_loop(0, count, keep, (state, room))[1]
 
     z, potential, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
     return Draws(z, potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)

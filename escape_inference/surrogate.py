@@ -7,7 +7,7 @@ and to many digits over the region that the posterior occupies. Samplers then se
 Whoever samples with it checks draws against the exact law afterwards.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,13 @@ class Surrogate:
             raw = jnp.log(values[name]) if positive else values[name]
             place = place.at[k].set(jnp.clip((raw - self.center[k]) / self.half_width[k], -1.0, 1.0))
         return _series(place, self.degrees, self.coefficients)
+
+    def with_terms(self, extent: str) -> "Surrogate":
+        """The same in the shape of a larger table, for programs that were compiled for that one."""
+        degrees, coefficients = (
+            jnp.asarray(_padded(np.asarray(x), TERMS[extent], axis=1)) for x in (self.degrees, self.coefficients)
+        )
+        return replace(self, degrees=degrees, coefficients=coefficients)
 
 
 @jax.custom_jvp

@@ -1,6 +1,7 @@
 """From data to verdict in one go: train minima, measure spectra, escapes and ramps, write the table, compare the laws.
 
-    python scripts/run_campaign.py [STUDY.toml] [--output results/campaign] [--laws power_law,arrhenius] [--resume]
+    python scripts/run_campaign.py [STUDY.toml] [--output results/campaign] [--laws power_law,arrhenius] [--draws 300]
+        [--resume]
 
 The study that it runs by default, scripts/studies/campaign.toml, has four minima of the published MNIST network and takes
 less than ten minutes on two cores. Prints what each stage gave and how long it took.
@@ -25,7 +26,7 @@ def stage(title: str, began: float) -> float:
     return now
 
 
-def main(study: Path, output: Path, laws: list[str], resume: bool) -> None:
+def main(study: Path, output: Path, laws: list[str], draws: int, resume: bool) -> None:
     """Run the sequence."""
     start = began = time.perf_counter()
     table = ei.read_measurements(collect(study, output, resume=resume))
@@ -42,7 +43,7 @@ def main(study: Path, output: Path, laws: list[str], resume: bool) -> None:
         ends = [f"critical_learning_rate{end}" for end in ("", "_lower", "_upper")]
         print(ramps[["minimum", "runs", "jumped", *ends, "gradient_descent_limit"]].to_string(index=False))
     print(f"{len(table)} rows in {output / 'measurements.parquet'}")
-    result = ei.compare(table, laws, seed=0)
+    result = ei.compare(table, laws, seed=0, draws=draws, warmup=draws)
     stage("compared", began)
     print(result.table.to_string())
     print(f"verdict: {result.verdict}\n{result.reason}")
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path, nargs="?", default=STUDY)
     parser.add_argument("--output", type=Path, default=Path("results/campaign"))
     parser.add_argument("--laws", default="power_law,arrhenius", help="separated by commas")
+    parser.add_argument("--draws", type=int, default=300, help="posterior draws of each chain, and of its warm-up")
     parser.add_argument("--resume", action="store_true", help="go on with a campaign that was stopped")
     arguments = parser.parse_args()
-    main(arguments.study, arguments.output, arguments.laws.split(","), arguments.resume)
+    main(arguments.study, arguments.output, arguments.laws.split(","), arguments.draws, arguments.resume)

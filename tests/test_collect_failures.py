@@ -90,7 +90,11 @@ def without_privileges() -> Iterator[None]:
         ('"linear"', '"convolution"', "network: unknown name 'convolution'; use multilayer_perceptron, linear"),
         ('"linear_regression"\nsamples = 300', '"spoiled_data:nan"', "targets hold 1 NaN or infinite value"),
         ('"linear"', '"spoiled_network:column"', r"predictions of shape \(300, 1\) .* the targets have shape \(300,\)"),
-        ("[data]", 'loss = "huber"\n[data]', "loss = 'huber': must be 'mean_square', 'logistic', 'cross_entropy' or an import path"),
+        (
+            "[data]",
+            'loss = "huber"\n[data]',
+            "loss = 'huber': must be 'mean_square', 'logistic', 'cross_entropy' or an import path",
+        ),
     ],
 )
 def test_a_bad_study_is_refused_before_any_training(

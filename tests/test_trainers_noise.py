@@ -45,7 +45,7 @@ def sample_gradients() -> np.ndarray:
     def loss(vector: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         return 0.5 * jnp.sum((apply(unravel(vector), x[None])[0] - y) ** 2)
 
-    return np.asarray(jax.vmap(jax.grad(loss), (None, 0, 0))(flat, inputs, targets), float)
+    return np.asarray(jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(flat, inputs, targets), float)
 
 
 def test_the_noise_of_a_network_is_that_of_its_sample_gradients() -> None:

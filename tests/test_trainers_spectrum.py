@@ -39,9 +39,11 @@ def dense(part: str) -> np.ndarray:
     flat, unravel = ravel_pytree(params)
     if part == "hessian":
         return np.asarray(
-            jax.hessian(lambda v: 0.5 * jnp.mean(jnp.sum((apply(unravel(v), inputs) - targets) ** 2, axis=1)))(flat)
+            jax.jit(jax.hessian(lambda v: 0.5 * jnp.mean(jnp.sum((apply(unravel(v), inputs) - targets) ** 2, axis=1))))(
+                flat
+            )
         )
-    jacobian = np.asarray(jax.jacobian(lambda v: apply(unravel(v), inputs))(flat))
+    jacobian = np.asarray(jax.jit(jax.jacobian(lambda v: apply(unravel(v), inputs)))(flat))
     return np.einsum("noi,noj->ij", jacobian, jacobian) / len(inputs)
 
 
