@@ -341,7 +341,7 @@ def test_screens_are_refused_where_the_loss_is_always_near_the_barrier() -> None
         ({"replica_batch": 0}, "replica_batch"),
         ({"burn_in": (5, 2)}, "burn_in"),
         ({"hessian_minimum": -1.0}, "hessian_minimum"),
-        ({"loss": "cross_entropy"}, "mean_square"),
+        ({"loss": "huber"}, "mean_square"),
         ({"loss": lambda prediction, target: jnp.ones(2)}, "one number"),
         ({"optimizer": 3}, "optimizer"),
     ],
