@@ -54,6 +54,7 @@ def infer(
     from escape_inference.posterior import parameters_of, save_tree
 
     _check_writable(output)
+    _keep_compiled_programs()
     chosen = laws.load_law(law)
     with _progress(quiet) as say:
         say("reading the table and checking for escape")
@@ -99,6 +100,7 @@ def compare(
     from escape_inference.posterior import save_tree, write_text
 
     _check_writable(output)
+    _keep_compiled_programs()
     names = [name.strip() for name in laws.split(",") if name.strip()] if laws is not None else None
     if names is not None and not names:
         raise InputError("--laws names no law; give names separated by commas, or leave the option out")
@@ -159,6 +161,16 @@ def report(
         say("drawing")
         path = write_report(folder)
     print(f"Report: {path}")
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled programs are kept in the user's cache folder, so that a second command starts at once."""
+    import jax
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    if jax.config.jax_compilation_cache_dir is None and os.access(Path(home).parent, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "escape_inference"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def main() -> None:
