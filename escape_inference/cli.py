@@ -168,7 +168,7 @@ def _keep_compiled_programs() -> None:
     import jax
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    if jax.config.jax_compilation_cache_dir is None and os.access(Path(home).parent, os.W_OK):
+    if jax.config.values.get("jax_compilation_cache_dir") is None and os.access(Path(home).parent, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "escape_inference"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

@@ -144,9 +144,7 @@ def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, sa
 
     def run(weight: np.ndarray, width: float, seed: int, count: int = draws) -> Draws:
         with jax.enable_x64(True):  # a setting of each thread
-            return run_chains(
-                problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains, count=count
-            )
+            return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains, count=count)
 
     def bridge(draws: Draws, width: float) -> Evidence:
         target = problem.target
@@ -255,7 +253,7 @@ def _assemble(
     say("writing up")
     fits = {name: fit_tree(result.fit, prepared, seed=seed) for name, result in results.items()}
     names = sorted(results, key=lambda name: -results[name].loo[1.0].elpd)
-    weights = stacking_weights(np.array([results[n].loo[1.0].pointwise for n in names])) if names else []
+    weights = stacking_weights(np.array([results[n].loo[1.0].pointwise for n in names])) if names else np.zeros(0)
     evidences = np.array([results[n].bridge[1.0].log_evidence for n in names])
     shown = bool(names) and all(results[n].evidence_agrees for n in names)
     probabilities = np.exp(evidences - logsumexp(evidences)) if shown else np.full(len(names), np.nan)

@@ -203,12 +203,18 @@ def _exact_minus_table(problem: Problem, points: Float[np.ndarray, "point slot"]
 
 @jax.jit
 def _scores(
-    table: Surrogate, slots: dict[str, Array], exact: Array, prefactor: Array, discrepancy: Array, observed: Observations
+    table: Surrogate,
+    slots: dict[str, Array],
+    exact: Array,
+    prefactor: Array,
+    discrepancy: Array,
+    observed: Observations,
 ) -> tuple[Array, Array]:
     def score(rate: Array, prefactor: Array, discrepancy: Array) -> Array:
         return jnp.sum(marginal_log_likelihood(rate + prefactor, discrepancy, observed))
 
-    return tuple(jax.vmap(score)(rates, prefactor, discrepancy) for rates in (exact, jax.vmap(table)(slots)))
+    tabulated = jax.vmap(table)(slots)
+    return jax.vmap(score)(exact, prefactor, discrepancy), jax.vmap(score)(tabulated, prefactor, discrepancy)
 
 
 def with_surrogate(

@@ -176,7 +176,9 @@ def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
 
 def model_at(problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"]) -> Evaluation:
     """The model at draws of the law's unconstrained space, arrays ``[chain, draw, ...]``."""
-    value = evaluate_points(z.reshape(-1, z.shape[-1]), inputs, problem.observed, law=problem.law, shapes=problem.shapes)
+    value = evaluate_points(
+        z.reshape(-1, z.shape[-1]), inputs, problem.observed, law=problem.law, shapes=problem.shapes
+    )
     return jax.tree.map(lambda x: x.reshape(*z.shape[:2], *x.shape[1:]), value)
 
 
@@ -184,7 +186,9 @@ def model_at(problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw 
 def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
     """One draw of every condition's discrepancy for every posterior draw, ``[draw, condition]``."""
     return jax.lax.map(
-        lambda one: conditional_discrepancy(*one, observed), (keys, log_rate, discrepancy), batch_size=200
+        lambda one: conditional_discrepancy(one[0], one[1], one[2], observed),
+        (keys, log_rate, discrepancy),
+        batch_size=200,
     )
 
 

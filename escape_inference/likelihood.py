@@ -39,16 +39,16 @@ class Observations:
     of log κ, ``table_escapes`` and ``table_exposure`` the exponential likelihood with the same maximum and curvature.
     """
 
-    escapes: Float[Array, " condition"]
-    looks: Float[Array, " condition"]
-    look_width: Float[Array, " condition"]
-    weight: Float[Array, " condition"]
-    delayed: Int[Array, " delayed"]
-    table_start: Float[Array, " delayed"]
-    table_step: Float[Array, " delayed"]
-    table_values: Float[Array, "delayed grid"]
-    table_escapes: Float[Array, " delayed"]
-    table_exposure: Float[Array, " delayed"]
+    escapes: Float[Any, " condition"]
+    looks: Float[Any, " condition"]
+    look_width: Float[Any, " condition"]
+    weight: Float[Any, " condition"]
+    delayed: Int[Any, " delayed"]
+    table_start: Float[Any, " delayed"]
+    table_step: Float[Any, " delayed"]
+    table_values: Float[Any, "delayed grid"]
+    table_escapes: Float[Any, " delayed"]
+    table_exposure: Float[Any, " delayed"]
 
     @property
     def exposure_before(self) -> Float[Array, " condition"]:
@@ -169,7 +169,10 @@ def replicate_escapes(
 
 def _exponential_twin(observed: Observations) -> tuple[Array, Array]:
     """Escapes and exposure of the exponential likelihood that is closest to each condition's own."""
-    escapes, exposure = jnp.asarray(observed.escapes), observed.exposure_before + 0.5 * observed.escapes * observed.look_width
+    escapes, exposure = (
+        jnp.asarray(observed.escapes),
+        observed.exposure_before + 0.5 * observed.escapes * observed.look_width,
+    )
     if observed.delayed.size:
         escapes = escapes.at[observed.delayed].set(observed.table_escapes)
         exposure = exposure.at[observed.delayed].set(observed.table_exposure)

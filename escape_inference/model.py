@@ -7,7 +7,7 @@ log-likelihood and its derived quantities at a point of unconstrained space, whi
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
 class Measured(NamedTuple):
     """Log-normal knowledge of one quantity: centre and spread of its logarithm, and which entries are latent."""
 
-    center: Float[Array, " item"]
-    spread: Float[Array, " item"]
-    latent: Int[Array, " latent"]
+    center: Float[Any, " item"]
+    spread: Float[Any, " item"]
+    latent: Int[Any, " latent"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,15 +43,15 @@ class Measured(NamedTuple):
 class Inputs:
     """Settings of the conditions as arrays, sorted by kind of barrier and start (``groups``)."""
 
-    learning_rate: Float[Array, " condition"]
-    batch_size: Float[Array, " condition"]
-    check_interval: Float[Array, " condition"]
-    minimum: Int[Array, " condition"]
-    level: Int[Array, " condition"]
-    level_minimum: Int[Array, " level"]
+    learning_rate: Float[Any, " condition"]
+    batch_size: Float[Any, " condition"]
+    check_interval: Float[Any, " condition"]
+    minimum: Int[Any, " condition"]
+    level: Int[Any, " condition"]
+    level_minimum: Int[Any, " level"]
     measured: dict[str, Measured]
-    dimension_measured: Array
-    medians: dict[str, Float[Array, ""]]
+    dimension_measured: Any
+    medians: dict[str, Float[Any, ""]]
     groups: tuple[tuple[str, str, int, int], ...] = field(metadata={"static": True})
     dimension_carried: str = field(metadata={"static": True})
     surrogate: Surrogate | None = None
@@ -77,12 +77,12 @@ def build_inputs(law: Law, conditions: Conditions) -> Inputs:
     """
     frame = conditions.frame
     minima = pd.Index(conditions.minima)
-    minimum = minima.get_indexer(frame["minimum"])
+    minimum = minima.get_indexer(pd.Index(frame["minimum"]))
     keys = ["minimum", "barrier", "loss_barrier", "loss_barrier_se", "hessian_saddle", "hessian_saddle_se"]
     level = frame.groupby(keys, dropna=False, sort=False).ngroup().to_numpy()
     first_of_minimum = frame.iloc[np.unique(minimum, return_index=True)[1]]
     first_of_level = frame.iloc[np.unique(level, return_index=True)[1]]
-    level_minimum = minima.get_indexer(first_of_level["minimum"])
+    level_minimum = minima.get_indexer(pd.Index(first_of_level["minimum"]))
 
     measured = {}
     h_default = np.full(len(minima), np.log(typical_curvature(frame)))
@@ -252,9 +252,9 @@ def _settings(inputs: Inputs, logs: Mapping[str, Array], log_barrier: Array) -> 
 class Evaluation(NamedTuple):
     """The model at one point of unconstrained space: log prior (Jacobian included), log-likelihoods, named values."""
 
-    log_prior: Float[Array, ""]
-    log_likelihood: Float[Array, " condition"]
-    sites: dict[str, Array]
+    log_prior: Float[Any, ""]
+    log_likelihood: Float[Any, " condition"]
+    sites: dict[str, Any]
 
 
 def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, tuple[tuple[int, ...], bool]]:

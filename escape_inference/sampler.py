@@ -1,7 +1,7 @@
 """NUTS with chains side by side; prior widths and left-out conditions share one compiled program."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
 class Draws(NamedTuple):
     """Posterior draws in unconstrained space and the sampler's own statistics, ``[chain, draw]``."""
 
-    z: Float[Array, "chain draw dim"]
-    potential: Array
-    diverging: Array
-    energy: Array
-    tree_depth: Array
-    acceptance_rate: Array
-    step_size: Array
+    z: Float[Any, "chain draw dim"]
+    potential: Any
+    diverging: Any
+    energy: Any
+    tree_depth: Any
+    acceptance_rate: Any
+    step_size: Any
 
 
 # the lower optimisation level halves the time of compilation and does not slow the sampler

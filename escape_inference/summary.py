@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
             rows[p.name] = _measured_dimension(fit)
             continue
         center = np.log(median) if p.positive else median
-        prior_sd = float(np.sqrt(p.prior(np.asarray(median)).variance))
+        prior_sd = float(np.sqrt(p.prior(jnp.asarray(median)).variance))
         rows[p.name] = _row(fit.sites[p.name], center, p.width, p.positive, prior_sd, p.theory)
     rows["log_prefactor"] = _row(fit.sites["log_prefactor"], 0.0, 1.0, False, 1.0, 0.0)
     return rows

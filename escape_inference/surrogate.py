@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int
 
 SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
 TERMS = {"near": 165, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
-NODES = {"near": {1: 24, 2: 18, 3: 10}, "wide": {1: 40, 2: 28, 3: 12}}  #: nodes a parameter, by the number of parameters
+NODES = {
+    "near": {1: 24, 2: 18, 3: 10},
+    "wide": {1: 40, 2: 28, 3: 12},
+}  #: nodes a parameter, by the number of parameters
 DEGREES = 40
 
 

@@ -24,7 +24,6 @@ OUTLIER = 6.5
 DATA = np.array([1.1, 0.4, 1.9, -0.6, 0.8, 2.3, 1.0, 0.1, 1.4, 0.7])
 
 
-
 def posterior(data, prior_sd=PRIOR_SD):
     precision = len(data) / NOISE**2 + prior_sd**-2
     return (data.sum() / NOISE**2 + PRIOR_MEAN / prior_sd**2) / precision, precision**-0.5
