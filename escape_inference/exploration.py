@@ -108,13 +108,6 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
     return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
 
 
-def untabulated(problem: Problem) -> Problem:
-    """The same problem with the law itself in place of its table."""
-    target = _itself(problem.law, problem.inputs, problem.shapes)
-    particles = problem.target.to_model(problem.particles)
-    return replace(problem, near_inputs=problem.inputs, target=target, particles=particles)
-
-
 def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:
     dim = int(sum(np.prod(shape) for _, (shape, _) in shapes))
     return Target(law, inputs, shapes, np.arange(dim), np.zeros(dim), np.ones(dim))

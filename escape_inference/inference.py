@@ -16,7 +16,7 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import Problem, densities, evaluate_points, explore, focus, table_error, untabulated
+from escape_inference.exploration import Problem, densities, evaluate_points, explore, focus, table_error
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
@@ -151,20 +151,25 @@ def run_chains(
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
     """Sample the posterior; once more where it is not where it was expected, or longer if the sampler did not converge.
 
-    A table of the law's rates that is off at the draws is made anew around them, and given up if that does not help.
+    A table of the law's rates that is off at the draws is made anew around them; one that stays off makes the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
     for attempt in range(3):
         run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
         points = run.z.reshape(-1, run.z.shape[-1])
         convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
-        off = table_error(problem, points) > TABLE_TOLERANCE
-        if attempt == 2 or not (off or not convergence.trustworthy):
+        error = table_error(problem, points)
+        if attempt == 2 or (error <= TABLE_TOLERANCE and convergence.trustworthy):
             break
-        if off:
-            problem = focus(problem, points) if attempt == 0 else untabulated(problem)
+        if error > TABLE_TOLERANCE:
+            problem = focus(problem, points)
         else:
             warmup *= 4
+    if error > TABLE_TOLERANCE:
+        reason = (
+            f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {TABLE_TOLERANCE})"
+        )
+        convergence = convergence._replace(trustworthy=False, reason=reason)
     return summarise(problem, run, convergence)
 
 
