@@ -22,6 +22,7 @@ import pandas as pd
 from escape_inference.table import read_measurements
 
 MNIST = "mnist_5000.npz"
+PICTURE = "mnist_two_class_rates.png"
 COLUMNS: dict[str, tuple[str, str, str | None]] = {
     "minimum": ("string", "The minimum that the run started from; its label says how it was found", None),
     "run": ("string", "The run. From the quasi-stationary state: condition, replica slot and number of the gap", None),
@@ -224,6 +225,21 @@ def mnist_resource(output: Path) -> dict[str, Any]:
     }
 
 
+def picture_resource(output: Path) -> dict[str, Any]:
+    """Return the description of the picture in README.md."""
+    return {
+        "name": "mnist_two_class_rates",
+        "path": PICTURE,
+        "profile": "data-resource",
+        "title": "Measured escape rates of mnist_two_class against two laws",
+        "description": (
+            "Picture of README.md, drawn by scripts/make_readme_figure.py from the results of escape-inference compare "
+            "data/mnist_two_class.csv --laws power_law,arrhenius."
+        ),
+        **_file(output / PICTURE, "png", "image/png"),
+    }
+
+
 def main(campaigns: list[Path], output: Path, measured: str, machine: str) -> None:
     """Write the tables and their description."""
     found = [table_resources(campaign, output, measured, machine) for campaign in campaigns]
@@ -234,7 +250,7 @@ def main(campaigns: list[Path], output: Path, measured: str, machine: str) -> No
         "title": "Measured escape times of stochastic gradient descent",
         "description": "Tables that ship with escape_inference, and the digits that one of them was measured on.",
         "licenses": [{"name": "Apache-2.0", "path": "https://www.apache.org/licenses/LICENSE-2.0"}],
-        "resources": [*resources, mnist_resource(output)],
+        "resources": [*resources, mnist_resource(output), picture_resource(output)],
     }
     (output / "datapackage.json").write_text(json.dumps(package, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for resource in resources:
