@@ -1,14 +1,14 @@
 """Bridge sampling on split halves: the computation behind :func:`escape_inference.evidence.bridge_log_evidence`."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from escape_inference.student import LogDensity, call, fit_student
+from escape_inference.student import FREEDOM, LogDensity, at_points, fit_student
 
 
 def effective_size(values: Float[Array, "chain draw"]) -> Float[Array, ""]:
@@ -32,6 +32,7 @@ def effective_size(values: Float[Array, "chain draw"]) -> Float[Array, ""]:
     return jnp.where(total > 0, chains * draws / time, chains * draws)
 
 
+@jax.jit
 def bridge(
     posterior: Float[Array, "chain draw"], proposal: Float[Array, " draw"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -67,37 +68,29 @@ def bridge(
     return jnp.where(step <= 1e-6, log_z, jnp.nan), variance
 
 
-@partial(jax.jit, static_argnames=("log_density", "batch"))
 def bridge_halves(
-    log_density: LogDensity,
-    draws: Float[Array, "chain draw dim"],
-    data: Any,
-    normal: Float[Array, "half draw dim+freedom"],
-    batch: int,
-) -> tuple[Float[Array, " half"], Float[Array, " half"]]:
-    """Log evidence and its relative variance, fitted on one half of each chain and bridged to the other, both ways.
-
-    ``normal`` are the standard normal numbers that the proposal's draws are made of, as many as draws in a half.
-    """
+    log_density: LogDensity, draws: Float[np.ndarray, "chain draw dim"], data: Any, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, " half"], Float[np.ndarray, " half"]]:
+    """Log evidence and its relative variance, fitted on one half of each chain and bridged to the other, both ways."""
     chains, n_draws, dim = draws.shape
     half = n_draws // 2
-    halves = jnp.stack([draws[:, :half], draws[:, half : 2 * half]])
+    halves = [draws[:, :half].reshape(-1, dim), draws[:, half : 2 * half].reshape(-1, dim)]
+    results = []
+    for fitted, bridged in (halves, halves[::-1]):
+        normal = rng.standard_normal((len(bridged), dim + FREEDOM))
+        candidates, log_proposal = _propose(fitted, bridged, normal)
+        value = at_points(log_density, np.concatenate([bridged, np.asarray(candidates)]), data)
+        ratio = np.where(np.isnan(value), -np.inf, value) - np.asarray(log_proposal)
+        posterior = np.where(np.isnan(value[: len(bridged)]), np.nan, ratio[: len(bridged)])
+        results.append(bridge(jnp.asarray(posterior).reshape(chains, half), jnp.asarray(ratio[len(bridged) :])))
+    return np.array([float(log_z) for log_z, _ in results]), np.array([float(variance) for _, variance in results])
 
-    def density(z: Array) -> Array:
-        return jax.lax.map(lambda point: call(log_density, point, data), z, batch_size=batch)
 
-    at_draws = density(halves.reshape(-1, dim)).reshape(2, chains, half)
-
-    def one(fitted: Array, bridged: Array, at_bridged: Array, normal: Array) -> tuple[Array, Array]:
-        points = fitted.reshape(-1, dim)
-        proposal = fit_student(points, jnp.full(len(points), 1 / len(points)))
-        candidates = jax.vmap(proposal.transform)(normal)
-        at_candidates = density(candidates)
-        at_candidates = jnp.where(jnp.isnan(at_candidates), -jnp.inf, at_candidates)
-        log_proposal = jax.vmap(proposal.log_density)
-        return bridge(
-            at_bridged - log_proposal(bridged.reshape(-1, dim)).reshape(chains, half),
-            at_candidates - log_proposal(candidates),
-        )
-
-    return jax.lax.map(lambda item: one(*item), (halves, halves[::-1], at_draws[::-1], normal))
+@jax.jit
+def _propose(
+    fitted: Float[Array, "draw dim"], bridged: Float[Array, "draw dim"], normal: Float[Array, "draw dim+freedom"]
+) -> tuple[Float[Array, "draw dim"], Float[Array, " twice"]]:
+    """Draws of the Student distribution fitted to some points, and its log density at other points and at the draws."""
+    proposal = fit_student(fitted, jnp.full(len(fitted), 1 / len(fitted)))
+    candidates = jax.vmap(proposal.transform)(normal)
+    return candidates, jax.vmap(proposal.log_density)(jnp.concatenate([bridged, candidates]))

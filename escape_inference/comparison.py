@@ -2,33 +2,27 @@
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import permutations
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_stats.base import array_stats
-from jaxtyping import Array
 from scipy.special import logsumexp
 
+from escape_inference.background import side_by_side
 from escape_inference.cross_validation import (
     LeaveOneOut,
     difference,
     leave_one_out,
     needs_refit,
-    pareto_limit,
     stacking_weights,
     with_refits,
 )
-from escape_inference.evidence import Evidence, agree, bridge_log_evidence
-from escape_inference.exploration import Problem, densities
+from escape_inference.evidence import Evidence, agree
 from escape_inference.inference import (
     CHAINS,
     DRAWS,
@@ -39,28 +33,42 @@ from escape_inference.inference import (
     build_problem,
     fit_law,
     fit_tree,
-    model_at,
     prepare,
-    run_chains,
 )
 from escape_inference.law import Law, built_in_laws, load_laws
+from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
-from escape_inference.sampler import Draws
+from escape_inference.redraw import Sample, first_sample, with_prior, without_condition
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
-from escape_inference.verdict import WIDTHS, Candidate, Pair, decide
+from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, decide
 
 Progress = Callable[[str], None]
-REFIT_DRAWS = 400  #: draws a chain of a fit that leaves one condition out
+VARIANTS = {width: PriorWidths(width, width) for width in WIDTHS} | {NO_DISCREPANCY: PriorWidths(1.0, 1e-4)}
 PARALLEL = os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class LawResult:
-    """Everything that is known of one law on these data."""
+    """Everything that is known of one law on these data; ``loo`` and ``samples`` by prior width (0: without a discrepancy)."""
 
     fit: Fit
     loo: dict[float, LeaveOneOut]
-    bridge: dict[float, Evidence]
+    samples: dict[float, Sample]
+    redraw: dict[str, int]
+    tree: xr.DataTree
+
+    @property
+    def evidence(self) -> dict[float, Evidence]:
+        """Log evidence by prior width."""
+        return {width: sample.evidence for width, sample in self.samples.items()}
+
+    def leave_out(self, width: float) -> None:
+        """Really leave out the conditions whose scores importance sampling cannot give."""
+        sample, loo = self.samples[width], self.loo[width]
+        wanted = [int(i) for i in needs_refit(loo, len(sample.z)) if not loo.refitted[i]]
+        refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, PARALLEL)
+        exact = {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
+        self.loo[width] = with_refits(loo, exact)
 
     @property
     def smc(self) -> Evidence:
@@ -70,7 +78,7 @@ class LawResult:
     @property
     def evidence_agrees(self) -> bool:
         """Whether bridge sampling and tempered SMC agree; if not, Bayes factors with this law are withheld."""
-        return agree(self.bridge[1.0], self.smc)
+        return agree(self.evidence[1.0], self.smc)
 
 
 @dataclass(frozen=True)
@@ -128,94 +136,43 @@ def compare(
     frame = prepared.conditions.frame
     results: dict[str, LawResult] = {}
     if len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape":
-        for law in chosen:
-            say(f"{law.name}: from the prior to the posterior")
-            results[law.name] = _study(build_problem(law, prepared, seed=seed), seed, draws, warmup, chains, say)
-    return _assemble(prepared, chosen, results, seed, say)
+        stages = Stages(say, {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
+        found = side_by_side(lambda law: stages.study(law, prepared), chosen, PARALLEL)
+        results = {law.name: result for law, result in zip(chosen, found, strict=True)}
+    return _assemble(prepared, chosen, results)
 
 
-def _study(problem: Problem, seed: int, draws: int, warmup: int, chains: int, say: Progress) -> LawResult:
-    """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths."""
-    name, everything = problem.law.name, np.ones(problem.observed.escapes.shape[0])
-    say(f"{name}: sampling")
-    fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
-    problem = fit.problem
-    say(f"{name}: evidence")
+class Stages:
+    """The stages of a law's study; different laws are in different stages at a time, so that each program is compiled once."""
 
-    def run(weight: np.ndarray, width: float, seed: int, count: int = draws) -> Draws:
-        with jax.enable_x64(True):  # a setting of each thread
-            return run_chains(problem, weight, width, seed=seed, draws=draws, warmup=warmup, chains=chains, count=count)
+    def __init__(self, say: Progress, settings: dict[str, int]) -> None:
+        self.say, self.settings = say, settings
+        self.locks = {name: Lock() for name in ("explore", "sample", "vary", "write")}
 
-    def bridge(draws: Draws, width: float) -> Evidence:
-        target = problem.target
-        data = (target.inputs, problem.observed, jnp.asarray(width))
-        return bridge_log_evidence(densities(target.law, target.shapes)[0], draws.z, data=data, seed=seed)
-
-    evidence, loo = {1.0: bridge(fit.draws, 1.0)}, {}
-    sources = {width: (fit.draws, fit.log_likelihood, _log_prior_ratio(problem, fit.draws, width)) for width in WIDTHS}
-    limit = pareto_limit(draws * chains)
-    far = [w for w in WIDTHS if w != 1.0 and not array_stats.psislw(-sources[w][2])[1] < limit]
-    if far:
-        say(f"{name}: sampling with prior widths {', '.join(f'×{w:g}' for w in far)}")
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        for width, source in zip(far, pool.map(lambda w: run(everything, w, seed + 2), far), strict=True):
-            sources[width] = source, _log_likelihood(problem, source), np.zeros(draws * chains)
-            evidence[width] = bridge(source, width)
-        for width, (_, values, log_weight) in sources.items():
-            if width not in evidence:
-                evidence[width] = _reweighted(evidence[1.0], log_weight)
-            loo[width] = leave_one_out(values, log_weight)
-        wanted = {(w if w in far else 1.0, int(i)) for w in WIDTHS for i in needs_refit(loo[w], draws * chains)}
-        if wanted:
-            say(f"{name}: exact fits without {len({i for _, i in wanted})} conditions that single draws decide")
-
-        def without(task: tuple[float, int]) -> Draws:
-            weight = everything.copy()
-            weight[task[1]] = 0.0
-            return run(weight, task[0], seed + 3, REFIT_DRAWS)
-
-        left_out = dict(zip(sorted(wanted), pool.map(without, sorted(wanted)), strict=True))
-    scores = {task: _log_likelihood(problem, draws)[..., task[1]].ravel() for task, draws in left_out.items()}
-    for width in WIDTHS:
-        found, sampled_width = {}, width if width in far else 1.0
-        for i in map(int, needs_refit(loo[width], draws * chains)):
-            task = sampled_width, i
-            ratio = _log_prior_ratio(problem, left_out[task], width) if width != sampled_width else np.zeros(1)
-            found[i] = scores[task], np.broadcast_to(ratio, scores[task].shape)
-        loo[width] = with_refits(loo[width], found)
-    return LawResult(fit, loo, evidence)
-
-
-def _log_prior_ratio(problem: Problem, draws: Draws, width: float) -> np.ndarray:
-    """Log of the prior density at prior widths × ``width`` over the density at ×1, for every draw."""
-    flat = draws.z.reshape(-1, draws.z.shape[-1])
-    target = problem.target
-    if target.inputs.surrogate is not None:  # independent standard normals, of which idle ones must not add noise
-        used = flat[:, target.used]
-        return np.sum(0.5 * used**2 * (1 - 1 / width**2) - np.log(width), axis=1)
-    log_prior = densities(target.law, target.shapes)[1]
-    at = [
-        _map_points(log_prior, jnp.asarray(flat), (target.inputs, problem.observed, jnp.asarray(factor)))
-        for factor in (width, 1.0)
-    ]
-    return np.asarray(at[0] - at[1])
-
-
-@partial(jax.jit, static_argnames=("function",))
-def _map_points(function: Callable[..., Array], points: Array, data: Any) -> Array:
-    return jax.lax.map(lambda z: function(z, data), points, batch_size=200)
-
-
-def _reweighted(evidence: Evidence, log_weight: np.ndarray) -> Evidence:
-    """The evidence under another prior: Z times the posterior mean of the prior ratio, with its Monte Carlo error."""
-    shift = logsumexp(log_weight) - np.log(log_weight.size)
-    weight = np.exp(log_weight - shift)
-    error = float(np.std(weight) / np.sqrt(weight.size / 4))
-    return Evidence(evidence.log_evidence + float(shift), float(np.hypot(evidence.standard_error, error)), "bridge")
-
-
-def _log_likelihood(problem: Problem, run: Draws) -> np.ndarray:
-    return model_at(problem, problem.near_inputs, problem.target.to_model(run.z)).log_likelihood
+    @float64
+    def study(self, law: Law, prepared: Prepared) -> LawResult:
+        """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths and without a discrepancy."""
+        seed, draws, warmup, chains = (self.settings[name] for name in ("seed", "draws", "warmup", "chains"))
+        with self.locks["explore"]:
+            self.say(f"{law.name}: from the prior to the posterior")
+            problem = build_problem(law, prepared, **self.settings)
+        with self.locks["sample"]:
+            self.say(f"{law.name}: sampling")
+            fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
+        with self.locks["write"]:
+            tree = fit_tree(fit, prepared, seed=seed)
+        with self.locks["vary"]:
+            self.say(f"{law.name}: evidence, prior widths, left-out conditions")
+            first = first_sample(fit, seed)
+            redraw = {"seed": seed, "warmup": warmup, "chains": chains}
+            others = {key: widths for key, widths in VARIANTS.items() if key != 1.0}
+            found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), PARALLEL)
+            samples = {1.0: first} | dict(zip(others, found, strict=True))
+            loo = {key: leave_one_out(one.log_likelihood[None], one.log_weight) for key, one in samples.items()}
+            result = LawResult(fit, loo, samples, redraw, tree)
+            for width in WIDTHS:
+                result.leave_out(width)
+        return result
 
 
 def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
@@ -227,18 +184,15 @@ def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
             Pair(
                 width,
                 *difference(a.loo[width], b.loo[width]),
-                a.bridge[width].log_evidence - b.bridge[width].log_evidence if shown else float("nan"),
+                a.evidence[width].log_evidence - b.evidence[width].log_evidence if shown else float("nan"),
             )
-            for width in WIDTHS
+            for width in VARIANTS
         ]
     return pairs
 
 
-def _assemble(
-    prepared: Prepared, laws: Sequence[Law], results: dict[str, LawResult], seed: int, say: Progress
-) -> Comparison:
+def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawResult]) -> Comparison:
     frame, check = prepared.conditions.frame, prepared.check
-    pairs = _pairs(results)
     candidates = [
         Candidate(
             law.name,
@@ -249,12 +203,15 @@ def _assemble(
         for law in laws
         if law.name in results
     ]
-    verdict, reason = decide(check, candidates, pairs, len(frame))
-    say("writing up")
-    fits = {name: fit_tree(result.fit, prepared, seed=seed) for name, result in results.items()}
+    verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
+    if verdict in results:  # it must hold without the discrepancy, too, with exact scores
+        for result in results.values():
+            result.leave_out(NO_DISCREPANCY)
+        verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
+    fits = {name: result.tree for name, result in results.items()}
     names = sorted(results, key=lambda name: -results[name].loo[1.0].elpd)
     weights = stacking_weights(np.array([results[n].loo[1.0].pointwise for n in names])) if names else np.zeros(0)
-    evidences = np.array([results[n].bridge[1.0].log_evidence for n in names])
+    evidences = np.array([results[n].evidence[1.0].log_evidence for n in names])
     shown = bool(names) and all(results[n].evidence_agrees for n in names)
     probabilities = np.exp(evidences - logsumexp(evidences)) if shown else np.full(len(names), np.nan)
     entries = {}
@@ -293,7 +250,7 @@ def _entry(result: LawResult, best: LawResult, weight: float, probability: float
     loo, convergence = result.loo[1.0], result.fit.convergence
     gap, error = difference(loo, best.loo[1.0])
     k = np.where(loo.refitted, -np.inf, loo.pareto_k)
-    bridge = result.bridge[1.0]
+    bridge = result.evidence[1.0]
     discrepancy = result.fit.sites["discrepancy"]
     return {
         "elpd": loo.elpd,
@@ -306,7 +263,7 @@ def _entry(result: LawResult, best: LawResult, weight: float, probability: float
         "log_evidence_smc": result.smc.log_evidence,
         "log_evidence_smc_se": result.smc.standard_error,
         "evidence_methods_agree": result.evidence_agrees,
-        "log_evidence_by_prior_width": {f"{w:g}": e.log_evidence for w, e in sorted(result.bridge.items())},
+        "log_evidence_by_prior_width": {f"{w:g}": result.evidence[w].log_evidence for w in sorted(WIDTHS)},
         "posterior_probability": probability,
         "discrepancy": {
             "mean": discrepancy.mean(),

@@ -29,7 +29,7 @@ from jaxtyping import Array, ArrayLike
 
 from escape_inference.bridge import bridge_halves
 from escape_inference.precision import float64
-from escape_inference.student import FREEDOM, LogDensity
+from escape_inference.student import LogDensity
 from escape_inference.tempering import Outcome, tempered_log_evidences
 
 MAX_ERRORS, MAX_NATS = 3.0, 0.5  # two evidences agree within so many combined standard errors, and within so many nats
@@ -66,9 +66,7 @@ def agree(first: Evidence, second: Evidence) -> bool:
 
 
 @float64
-def bridge_log_evidence(
-    log_density: LogDensity, draws: ArrayLike, *, data: Any = None, seed: int = 0, batch: int = 100
-) -> Evidence:
+def bridge_log_evidence(log_density: LogDensity, draws: ArrayLike, *, data: Any = None, seed: int = 0) -> Evidence:
     """Evidence by bridge sampling between posterior draws and a Student distribution fitted to them.
 
     Each chain is cut in half. The proposal is fitted on one half and bridged to the other, so that it is independent of
@@ -83,7 +81,6 @@ def bridge_log_evidence(
         draws: [chain, draw, dim] **unconstrained** posterior draws, at least 4 for each chain (see the module's traps).
         data: pytree of arrays handed on to ``log_density``; other values of equal shapes do not compile again.
         seed: of the proposal's draws.
-        batch: points evaluated side by side.
 
     Returns:
         log evidence and standard error; NaN if the draws or their densities are not finite, or the draws do not vary.
@@ -99,16 +96,13 @@ def bridge_log_evidence(
     >>> abs(result.log_evidence + 20.3010) < 0.01, result.standard_error < 0.01
     (True, True)
     """
-    array = jnp.asarray(draws, jnp.float64)
+    array = np.asarray(draws, np.float64)
     if array.ndim != 3 or array.shape[1] < 4:
         raise ValueError(f"draws must have the shape [chain, draw >= 4, dim], not {array.shape}")
-    chains, n_draws, dim = array.shape
-    if not bool(jnp.all(jnp.ptp(array, axis=(0, 1)) > 0)):
+    if not np.all(np.ptp(array, axis=(0, 1)) > 0):
         return Evidence(float("nan"), float("nan"), "bridge")
-    normal = np.random.default_rng(seed).standard_normal((2, chains * (n_draws // 2), dim + FREEDOM))
-    estimates, variances = bridge_halves(log_density, array, data, jnp.asarray(normal), batch)
-    spread = float(jnp.abs(estimates[0] - estimates[1])) / 2
-    theory = float(jnp.sqrt(variances.sum())) / 2
+    estimates, variances = bridge_halves(log_density, array, data, np.random.default_rng(seed))
+    spread, theory = abs(estimates[0] - estimates[1]) / 2, np.sqrt(variances.sum()) / 2
     return Evidence(float(estimates.mean()), float(np.maximum(spread, theory)), "bridge")
 
 
@@ -182,20 +176,27 @@ def smc(
     replicates: int = 4,
     target: float = 0.5,
     max_temperatures: int = 500,
-) -> tuple[Evidence, Outcome]:
-    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior."""
-    outcome = tempered_log_evidences(
-        log_prior,
-        log_likelihood,
-        sample_prior,
+    only_compile: bool = False,
+) -> tuple[Evidence, Outcome | None]:
+    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior.
+
+    With ``only_compile`` nothing is computed: the program for data of this shape is made in the background.
+    """
+    run = tempered_log_evidences.prepare if only_compile else tempered_log_evidences
+    outcome = run(
         data,
         jax.random.key(seed),
         jnp.asarray(target, jnp.float64),
-        particles,
-        moves,
-        replicates,
-        max_temperatures,
+        log_prior=log_prior,
+        log_likelihood=log_likelihood,
+        sample_prior=sample_prior,
+        particles=particles,
+        moves=moves,
+        replicates=replicates,
+        steps=max_temperatures,
     )
+    if outcome is None:
+        return Evidence(float("nan"), float("nan"), "smc"), None
     log_z, variance = np.asarray(outcome.log_evidence), outcome.variance
     weights = np.exp(log_z - np.max(log_z))
     spread = np.std(weights, ddof=1) / np.mean(weights) / np.sqrt(replicates)

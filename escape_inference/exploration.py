@@ -14,9 +14,19 @@ from scipy.special import logsumexp
 from escape_inference.evidence import Evidence, smc
 from escape_inference.law import Law, Parameter
 from escape_inference.likelihood import Observations, marginal_log_likelihood
-from escape_inference.model import Evaluation, Inputs, discrepancy_of, evaluate, known_settings, sample_prior
+from escape_inference.model import (
+    DEFAULT_WIDTHS,
+    Evaluation,
+    Inputs,
+    PriorWidths,
+    discrepancy_of,
+    evaluate,
+    known_settings,
+    sample_prior,
+)
 from escape_inference.sampler import Shapes
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
+from escape_inference.tempering import Outcome
 
 FEW_DIMENSIONS = 7
 PARTICLES = 2000
@@ -68,23 +78,39 @@ class Problem:
     evidence: Evidence
     particles: Float[np.ndarray, "particle slot"]
 
+    def weighted(self, weight: Float[np.ndarray, " condition"]) -> Observations:
+        """What was seen, with other weights of the conditions."""
+        return replace(self.observed, weight=jnp.asarray(weight, float))
 
-def explore(law: Law, inputs: Inputs, observed: Observations, shapes: Shapes, seed: int) -> Problem:
-    """Run tempered Monte Carlo from the prior and prepare the sampler."""
+
+def explore(
+    law: Law,
+    inputs: Inputs,
+    observed: Observations,
+    shapes: Shapes,
+    seed: int,
+    announce: Callable[[Target, Observations], None] | None = None,
+) -> Problem:
+    """Run tempered Monte Carlo from the prior and prepare the sampler.
+
+    ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
+    """
     itself = _itself(law, inputs, shapes)
     dim = len(itself.used)
     nothing = Evidence(float("nan"), float("nan"), "none")
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
-    if _can_be_tabulated(law, inputs, shapes):
+    size = 1024 if dim <= FEW_DIMENSIONS else 2048
+    tabulated = _can_be_tabulated(law, inputs, shapes)
+    _tempered(_blank(problem, "wide") if tabulated else itself, observed, seed, size, only_compile=True)
+    if announce is not None:
+        announce(_blank(problem, "near") if tabulated else itself, observed)
+    if tabulated:
         offset, scale = _prior_scales(law, inputs)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
         if table is not None:
             problem = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
-    target = problem.target
-    _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
-    size = 1024 if dim <= FEW_DIMENSIONS else 2048
-    data = (target.inputs, observed, jnp.asarray(1.0))
-    evidence, outcome = smc(log_prior, log_likelihood, from_prior, data, seed, particles=size)
+    evidence, outcome = _tempered(problem.target, observed, seed, size)
+    assert outcome is not None
     z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
     weight = np.asarray(outcome.weights).ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
@@ -92,6 +118,25 @@ def explore(law: Law, inputs: Inputs, observed: Observations, shapes: Shapes, se
     particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
     problem = replace(problem, evidence=evidence, particles=particles)
     return focus(replace(problem, evidence=_without_table(problem)), particles)
+
+
+def _tempered(
+    target: Target, observed: Observations, seed: int, size: int, only_compile: bool = False
+) -> tuple[Evidence, Outcome | None]:
+    _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
+    data = (target.inputs, observed, DEFAULT_WIDTHS.as_arrays())
+    return smc(log_prior, log_likelihood, from_prior, data, seed, particles=size, only_compile=only_compile)
+
+
+def _blank(problem: Problem, extent: str) -> Target:
+    """A target of the shapes that tabulated rates will have, with zeros for rates."""
+    inputs, law = problem.inputs, problem.law
+    parameters, offset, scale = _tabulated(law, inputs), *_prior_scales(law, inputs)
+    count = len(parameters)
+    rates = np.zeros((len(chebyshev_points(count, extent)), inputs.learning_rate.shape[0]))
+    names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
+    table = tabulate(rates, offset[:count], scale[:count], names, positive, extent)
+    return _slots(replace(inputs, surrogate=table), law, offset, scale)
 
 
 def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
@@ -117,13 +162,13 @@ def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:
 def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
     """Log joint, prior and likelihood as functions of (z, data), and a draw from the prior.
 
-    Their identity is stable, so that nothing compiles twice; ``data`` is ``(inputs, observed, width)``.
+    Their identity is stable, so that nothing compiles twice; ``data`` is ``(inputs, observed, widths)``.
     """
 
     @jax.jit  # traced once, however often a sampler refers to it
     def value(z: Array, data: Any) -> tuple[Array, Array]:
-        inputs, observed, width = data
-        one = evaluate(z, law, dict(shapes), inputs, observed, width)
+        inputs, observed, widths = data
+        one = evaluate(z, law, dict(shapes), inputs, observed, widths)
         return one.log_prior, jnp.sum(jnp.where(observed.weight > 0, one.log_likelihood, 0.0))
 
     def log_prior(z: Array, data: Any) -> Array:
@@ -136,33 +181,45 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
         return sum(value(z, data), jnp.zeros(()))
 
     def from_prior(key: Array, data: Any) -> Array:
-        inputs, observed, width = data
-        return sample_prior(key, law, inputs, observed, 1, width)[0]
+        inputs, observed, widths = data
+        return sample_prior(key, law, inputs, observed, 1, widths)[0]
 
     return log_joint, log_prior, log_likelihood, from_prior
 
 
 def evaluate_points(
-    z: Float[np.ndarray, "draw dim"], inputs: Inputs, observed: Observations, *, law: Law, shapes: Shapes
+    z: Float[np.ndarray, "draw dim"],
+    inputs: Inputs,
+    observed: Observations,
+    widths: PriorWidths = DEFAULT_WIDTHS,
+    *,
+    law: Law,
+    shapes: Shapes,
 ) -> Evaluation:
     """The model at many points of unconstrained space, in blocks of one size so that it compiles once."""
     z = np.asarray(z)
     blocks = -(-len(z) // BLOCK)
     padded = np.concatenate([z, np.repeat(z[-1:], blocks * BLOCK - len(z), axis=0)])
-    parts = [_evaluate_block(part, inputs, observed, law, shapes) for part in np.split(padded, blocks)]
+    parts = [
+        _evaluate_block(part, inputs, observed, widths.as_arrays(), law, shapes) for part in np.split(padded, blocks)
+    ]
     return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x])[: len(z)], *parts)
 
 
 @partial(jax.jit, static_argnames=("law", "shapes"))
-def _evaluate_block(z: Array, inputs: Inputs, observed: Observations, law: Law, shapes: Shapes) -> Evaluation:
-    return jax.vmap(lambda point: evaluate(point, law, dict(shapes), inputs, observed))(z)
+def _evaluate_block(
+    z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, law: Law, shapes: Shapes
+) -> Evaluation:
+    return jax.vmap(lambda point: evaluate(point, law, dict(shapes), inputs, observed, widths))(z)
 
 
-def table_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
+def table_error(
+    problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths = DEFAULT_WIDTHS
+) -> float:
     """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant."""
     if problem.target.inputs.surrogate is None:
         return 0.0
-    error = _exact_minus_table(problem, points)
+    error = _exact_minus_table(problem, points, widths)
     return float(np.max(np.abs(error - error.mean())))
 
 
@@ -171,7 +228,7 @@ def _without_table(problem: Problem) -> Evidence:
     evidence = problem.evidence
     if problem.target.inputs.surrogate is None:
         return evidence
-    log_ratio = _exact_minus_table(problem, problem.particles)
+    log_ratio = _exact_minus_table(problem, problem.particles, PriorWidths())
     shift = logsumexp(log_ratio) - np.log(CHECKED)
     error = float(np.std(np.exp(log_ratio - shift)) / np.sqrt(CHECKED / 2))
     return replace(
@@ -181,14 +238,19 @@ def _without_table(problem: Problem) -> Evidence:
     )
 
 
-def _exact_minus_table(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Float[np.ndarray, " checked"]:
+def _exact_minus_table(
+    problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths
+) -> Float[np.ndarray, " checked"]:
     """Log-likelihood by the law minus that by its table, at as many of the points as are checked."""
     z = points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
     table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
     assert table is not None
     count = len(problem.target.used) - 2
     exact = jnp.asarray(_law_rates(problem, model))
-    prefactor, discrepancy = jnp.asarray(model[:, count]), discrepancy_of(jnp.asarray(model[:, count + 1]))
+    prefactor, discrepancy = (
+        jnp.asarray(model[:, count]),
+        discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy),
+    )
     slots = {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)}
     one, other = _scores(table, slots, exact, prefactor, discrepancy, problem.observed)
     return np.asarray(one - other)

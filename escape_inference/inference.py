@@ -1,6 +1,6 @@
 """From a table to the posterior of one law."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import Problem, densities, evaluate_points, explore, focus, table_error
+from escape_inference.exploration import Problem, Target, densities, evaluate_points, explore, focus, table_error
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
+    DEFAULT_WIDTHS,
     Evaluation,
     Inputs,
+    PriorWidths,
     build_inputs,
     build_observations,
     sample_prior,
@@ -92,8 +94,10 @@ def applicable(law: Law, conditions: Conditions) -> bool:
 
 
 @float64
-def build_problem(law: Law, prepared: Prepared, *, seed: int = 0) -> Problem:
-    """One law's problem, explored and ready to be sampled.
+def build_problem(
+    law: Law, prepared: Prepared, *, seed: int = 0, draws: int = DRAWS, warmup: int = WARMUP, chains: int = CHAINS
+) -> Problem:
+    """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
 
     Raises:
         InputError: the law does not apply to the barriers in the table, or no escape is left.
@@ -111,13 +115,27 @@ def build_problem(law: Law, prepared: Prepared, *, seed: int = 0) -> Problem:
     inputs = build_inputs(law, prepared.conditions)
     observed = build_observations(prepared.conditions, prepared.waiting)
     inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
-    return explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed)
+
+    def announce(target: Target, observed: Observations) -> None:
+        keys, dim = (
+            jax.random.split(jax.random.key(0), chains),
+            sum(int(np.prod(shape)) for _, (shape, _) in target.shapes),
+        )
+        start, covariance = np.zeros((chains, dim)), np.zeros((dim, dim))
+        sample.prepare(
+            *(keys, start, covariance, target.inputs, observed, DEFAULT_WIDTHS.as_arrays(), np.asarray(0)),
+            log_joint=densities(target.law, target.shapes)[0],
+            warmup=warmup,
+            draws=draws,
+        )
+
+    return explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed, announce)
 
 
 def run_chains(
     problem: Problem,
     weight: Float[np.ndarray, " condition"],
-    width: float = 1.0,
+    widths: PriorWidths = DEFAULT_WIDTHS,
     *,
     seed: int,
     draws: int = DRAWS,
@@ -125,7 +143,7 @@ def run_chains(
     chains: int = CHAINS,
     count: int | None = None,
 ) -> Draws:
-    """Sample the posterior; ``weight`` 0 leaves a condition out, ``width`` multiplies the prior's standard deviations.
+    """Sample the posterior; ``weight`` 0 leaves a condition out, ``widths`` are those of the prior.
 
     ``count`` ends every chain after so many draws. None of the three compiles anew.
     """
@@ -133,14 +151,10 @@ def run_chains(
     target = problem.target
     start = problem.particles[rng.choice(len(problem.particles), chains, replace=False)]
     covariance = np.atleast_2d(np.cov(problem.particles.T)) + 1e-10 * np.eye(start.shape[1])
+    count = min(count or draws, draws)
+    keys = jax.random.split(jax.random.key(seed), chains)
     result = sample(
-        jax.random.split(jax.random.key(seed), chains),
-        jnp.asarray(start),
-        jnp.asarray(covariance),
-        target.inputs,
-        replace(problem.observed, weight=jnp.asarray(weight, float)),
-        jnp.asarray(width, float),
-        jnp.asarray(count := min(count or draws, draws)),
+        *(keys, start, covariance, target.inputs, problem.weighted(weight), widths.as_arrays(), np.asarray(count)),
         log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,
         draws=draws,
@@ -179,10 +193,12 @@ def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
     return Fit(problem, draws, convergence, value.log_likelihood, value.sites)
 
 
-def model_at(problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"]) -> Evaluation:
+def model_at(
+    problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"], widths: PriorWidths = DEFAULT_WIDTHS
+) -> Evaluation:
     """The model at draws of the law's unconstrained space, arrays ``[chain, draw, ...]``."""
     value = evaluate_points(
-        z.reshape(-1, z.shape[-1]), inputs, problem.observed, law=problem.law, shapes=problem.shapes
+        z.reshape(-1, z.shape[-1]), inputs, problem.observed, widths, law=problem.law, shapes=problem.shapes
     )
     return jax.tree.map(lambda x: x.reshape(*z.shape[:2], *x.shape[1:]), value)
 
@@ -261,6 +277,6 @@ def infer(
     law = load_law(law)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
     prepared.settings.update({"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
-    problem = build_problem(law, prepared, seed=seed)
+    problem = build_problem(law, prepared, seed=seed, draws=draws, warmup=warmup, chains=chains)
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
     return fit_tree(fit, prepared, seed=seed)

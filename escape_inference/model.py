@@ -30,6 +30,20 @@ MINIMUM_QUANTITIES = ("loss_minimum", "hessian_minimum", "effective_dimension")
 LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
 
 
+class PriorWidths(NamedTuple):
+    """Factors on the standard deviations of the priors of the parameters and on the mean of the discrepancy's prior."""
+
+    parameters: Float[Any, ""] = 1.0
+    discrepancy: Float[Any, ""] = 1.0
+
+    def as_arrays(self) -> "PriorWidths":
+        """The same as arrays, so that other values compile nothing new."""
+        return PriorWidths(jnp.asarray(self.parameters, float), jnp.asarray(self.discrepancy, float))
+
+
+DEFAULT_WIDTHS = PriorWidths()
+
+
 class Measured(NamedTuple):
     """Log-normal knowledge of one quantity: centre and spread of its logarithm, and which entries are latent."""
 
@@ -151,7 +165,7 @@ def build_observations(conditions: Conditions, waiting: Mapping[int, GammaLikeli
 
 
 def parameter_values(
-    law: Law, inputs: Inputs, width: Float[Array, ""] | float
+    law: Law, inputs: Inputs, widths: PriorWidths
 ) -> tuple[dict[str, Array], Float[Array, ""], Float[Array, ""]]:
     """Sample the law's own parameters, the log prefactor and the discrepancy σ.
 
@@ -164,10 +178,10 @@ def parameter_values(
             continue
         some = p.name == "effective_dimension" and inputs.dimension_carried == "some"
         name = "effective_dimension_unmeasured" if some else p.name
-        values[p.name] = numpyro.sample(name, p.prior(inputs.medians[p.name], width))
-    log_prefactor = numpyro.sample("log_prefactor", dist.Normal(0.0, 1.0 * width))
+        values[p.name] = numpyro.sample(name, p.prior(inputs.medians[p.name], widths.parameters))
+    log_prefactor = numpyro.sample("log_prefactor", dist.Normal(0.0, 1.0 * widths.parameters))
     base = numpyro.sample("discrepancy_base", dist.Normal(0.0, 1.0))
-    return values, log_prefactor, numpyro.deterministic("discrepancy", discrepancy_of(base, width))
+    return values, log_prefactor, numpyro.deterministic("discrepancy", discrepancy_of(base, widths.discrepancy))
 
 
 def discrepancy_of(base: Float[Array, "..."], width: Float[Array, ""] | float = 1.0) -> Float[Array, "..."]:
@@ -184,16 +198,16 @@ def latent_log(name: str, measured: Measured) -> Float[Array, " item"]:
     return jnp.asarray(measured.center).at[measured.latent].add(jnp.asarray(measured.spread)[measured.latent] * base)
 
 
-def escape_model(law: Law, inputs: Inputs, observed: Observations, width: Float[Array, ""] | float = 1.0) -> None:
+def escape_model(law: Law, inputs: Inputs, observed: Observations, widths: PriorWidths = DEFAULT_WIDTHS) -> None:
     """The NumPyro model of a law.
 
     Args:
         law: the law.
         inputs: settings of the conditions.
         observed: what was seen; its ``escapes`` are the observed values.
-        width: factor on every prior standard deviation of the parameters.
+        widths: factors on the widths of the priors.
     """
-    values, log_prefactor, discrepancy = parameter_values(law, inputs, width)
+    values, log_prefactor, discrepancy = parameter_values(law, inputs, widths)
     logs = {name: latent_log(name, inputs.measured[name]) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
     log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
     if inputs.measured["loss_minimum"].latent.shape[0] or inputs.measured["loss_barrier"].latent.shape[0]:
@@ -291,11 +305,11 @@ def evaluate(
     shapes: Mapping[str, tuple[tuple[int, ...], bool]],
     inputs: Inputs,
     observed: Observations,
-    width: Float[Array, ""] | float = 1.0,
+    widths: PriorWidths = DEFAULT_WIDTHS,
 ) -> Evaluation:
     """Log prior and log-likelihoods at an unconstrained point (weights not applied to the latter)."""
     values, log_jacobian = unpack(z, shapes)
-    trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, width)
+    trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, widths)
     log_prior = log_jacobian
     for name in shapes:
         log_prior += jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"]))
@@ -308,14 +322,14 @@ def evaluate(
 
 @partial(jax.jit, static_argnames=("law", "count"))
 def sample_prior(
-    key: Array, law: Law, inputs: Inputs, observed: Observations, count: int, width: float = 1.0
+    key: Array, law: Law, inputs: Inputs, observed: Observations, count: int, widths: PriorWidths = DEFAULT_WIDTHS
 ) -> Float[Array, "count dim"]:
     """Draws from the prior in unconstrained space."""
     shapes = site_shapes(law, inputs, observed)
 
     def one(key: Array) -> Array:
         model = handlers.block(handlers.seed(escape_model, key), hide=["escapes"])
-        trace = handlers.trace(model).get_trace(law, inputs, observed, width)
+        trace = handlers.trace(model).get_trace(law, inputs, observed, widths)
         parts = [jnp.log(trace[k]["value"]) if positive else trace[k]["value"] for k, (_, positive) in shapes.items()]
         return jnp.concatenate([jnp.ravel(part) for part in parts])
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpyro.infer.hmc import HMCState, hmc
 
+from escape_inference.background import Ahead
 from escape_inference.likelihood import Observations
-from escape_inference.model import Inputs
+from escape_inference.model import Inputs, PriorWidths
 from escape_inference.student import LogDensity
 
 Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
@@ -28,6 +29,7 @@ class Draws(NamedTuple):
 
 
 # the lower optimisation level halves the time of compilation and does not slow the sampler
+@Ahead
 @partial(
     jax.jit,
     static_argnames=("log_joint", "warmup", "draws"),
@@ -39,14 +41,14 @@ def sample(
     covariance: Float[Array, "dim dim"],
     inputs: Inputs,
     observed: Observations,
-    width: Float[Array, ""],
+    widths: PriorWidths,
     count: Int[Array, ""],
     *,
     log_joint: LogDensity,
     warmup: int,
     draws: int,
 ) -> Draws:
-    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``width`` and ``count`` compile nothing new.
+    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``widths`` and ``count`` compile nothing new.
 
     Only the first ``count`` of the ``draws`` places are filled.
 
@@ -55,7 +57,7 @@ def sample(
 
     def chain(key: Array, z: Array) -> tuple[Array, ...]:
         def potential(point: Array) -> Array:
-            energy = -log_joint(point, (inputs, observed, width))
+            energy = -log_joint(point, (inputs, observed, widths))
             return jnp.where(jnp.isfinite(energy), energy, jnp.inf)
 
         initialise, step = hmc(potential, algo="NUTS")

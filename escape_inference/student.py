@@ -1,15 +1,19 @@
 """The Student distribution that both evidence methods use as a proposal, fitted to weighted points."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float
 
 LogDensity = Callable[..., Array]
 
+BLOCK = 1000  # points whose densities are computed by one call of one compiled program
 FREEDOM = 7  # degrees of freedom: tails heavier than those of any log-concave posterior
 
 
@@ -51,3 +55,18 @@ def fit_student(points: Float[Array, "point dim"], weights: Float[Array, " point
 
 def call(function: LogDensity, z: Array, data: Any) -> Array:
     return function(z) if data is None else function(z, data)
+
+
+def at_points(
+    log_density: LogDensity, points: Float[np.ndarray, "point dim"], data: Any
+) -> Float[np.ndarray, " point"]:
+    """Log density at many points, in blocks of one size so that it compiles once."""
+    blocks = -(-len(points) // BLOCK)
+    padded = np.concatenate([points, np.repeat(points[-1:], blocks * BLOCK - len(points), axis=0)])
+    parts = [np.asarray(_block(log_density, part, data)) for part in np.split(padded, blocks)]
+    return np.concatenate(parts)[: len(points)]
+
+
+@partial(jax.jit, static_argnames=("log_density",))
+def _block(log_density: LogDensity, points: Float[Array, "point dim"], data: Any) -> Float[Array, " point"]:
+    return jax.lax.map(lambda z: call(log_density, z, data), points, batch_size=100)

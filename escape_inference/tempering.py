@@ -14,6 +14,7 @@ from blackjax.smc.waste_free import waste_free_smc
 from jax.scipy.special import log_ndtr, logsumexp
 from jaxtyping import Array, Float
 
+from escape_inference.background import Ahead
 from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal
 
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
@@ -49,17 +50,19 @@ class Outcome(NamedTuple):
     weights: Float[Array, "replicate particle"]
 
 
+@Ahead
 @partial(
     jax.jit,
     static_argnames=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
 )
 def tempered_log_evidences(
-    log_prior: LogDensity,
-    log_likelihood: LogDensity,
-    sample_prior: Callable[..., Array],
     data: Any,
     key: Array,
     target: Array,
+    *,
+    log_prior: LogDensity,
+    log_likelihood: LogDensity,
+    sample_prior: Callable[..., Array],
     particles: int,
     moves: int,
     replicates: int,

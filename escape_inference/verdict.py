@@ -3,7 +3,8 @@
 A law wins against a rival when its leave-one-condition-out score is better by at least 4 and by at least 4 standard errors (5 with
 fewer than 100 conditions, where the normal approximation is not trusted; Sivula et al. 2025), and the Bayes factor, where both ways
 to compute it agree, is at least 20 to 1 in the same direction, for prior widths ×½, ×1 and ×2. Between a law and its
-generalisation the simpler one stands unless the general one wins by these margins.
+generalisation the simpler one stands unless the general one wins by these margins. A law that wins only because each law may be a
+little wrong (without the discrepancy its rival predicts better) does not win.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,17 @@ import numpy as np
 from escape_inference.escape_check import EscapeCheck
 
 WIDTHS = (1.0, 0.5, 2.0)
+NO_DISCREPANCY = 0.0  #: stands for the comparison of laws that are taken to be exact, at prior widths ×1
 ELPD_MARGIN = 4.0
 ERRORS_FEW, ERRORS_MANY, MANY_CONDITIONS = 5.0, 4.0, 100
 LOG_BAYES_MARGIN = float(np.log(20.0))
 
 
 class Pair(NamedTuple):
-    """A law against a rival at one prior width: elpd difference, its standard error, log Bayes factor (NaN: withheld)."""
+    """A law against a rival at one prior width: elpd difference, its standard error, log Bayes factor (NaN: withheld).
+
+    Width 0 stands for laws that are taken to be exact, without a discrepancy.
+    """
 
     width: float
     elpd_diff: float
@@ -61,6 +66,12 @@ def shortfall(pairs: Sequence[Pair], conditions: int) -> str:
     """
     errors = required_errors(conditions)
     for pair in pairs:
+        if pair.width == NO_DISCREPANCY:
+            if pair.elpd_diff < 0:
+                return (
+                    f"without the discrepancy it is worse by {-pair.elpd_diff:.1f} in elpd, so the verdict rests on it"
+                )
+            continue
         at = "" if pair.width == 1 else f" with prior widths ×{pair.width:g}"
         if not pair.elpd_diff >= ELPD_MARGIN:
             return f"the elpd difference {pair.elpd_diff:.1f} is below {ELPD_MARGIN:g}{at}"
@@ -85,7 +96,8 @@ def decide(
     Args:
         check: result of the escape check.
         candidates: the laws compared.
-        pairs: for every ordered pair of trustworthy laws, one :class:`Pair` a prior width, the width ×1 first.
+        pairs: for every ordered pair of trustworthy laws, one :class:`Pair` a prior width, the width ×1 first, and one
+            without the discrepancy.
         conditions: number of conditions compared.
     """
     if check.grade == "not_escape":

@@ -1,0 +1,133 @@
+"""A law's posterior under another prior or without a condition, from draws of one that is known.
+
+Where the law is a table of a few parameters the draws are made anew by adaptive importance sampling, which costs a few thousand densities;
+with many latent settings they are weighted anew. Where the Pareto shape says that neither can be trusted, NUTS runs again.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from arviz_stats.base import array_stats
+from jaxtyping import Float
+from scipy.special import logsumexp
+
+from escape_inference.cross_validation import pareto_limit
+from escape_inference.evidence import Evidence, bridge_log_evidence
+from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus
+from escape_inference.importance import effective_share, importance_sample
+from escape_inference.inference import Fit, model_at, run_chains
+from escape_inference.model import PriorWidths
+from escape_inference.precision import float64
+from escape_inference.student import at_points
+
+REFIT_DRAWS = 400  #: draws of each chain where NUTS runs again
+LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
+OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted
+
+
+class Sample(NamedTuple):
+    """Weighted draws of a posterior: points of the target, log-likelihoods, log evidence."""
+
+    problem: Problem
+    widths: PriorWidths
+    z: Float[np.ndarray, "draw slot"]
+    log_weight: Float[np.ndarray, " draw"]
+    log_likelihood: Float[np.ndarray, "draw condition"]
+    evidence: Evidence
+
+
+@float64
+def first_sample(fit: Fit, seed: int) -> Sample:
+    """The posterior draws of a fit, with the evidence by bridge sampling."""
+    z, problem, widths = fit.draws.z, fit.problem, PriorWidths()
+    target = problem.target
+    data = (target.inputs, problem.observed, widths.as_arrays())
+    evidence = bridge_log_evidence(densities(target.law, target.shapes)[0], z, data=data, seed=seed)
+    flat, values = z.reshape(-1, z.shape[-1]), fit.log_likelihood.reshape(-1, fit.log_likelihood.shape[-1])
+    return Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence)
+
+
+@float64
+def with_prior(sample: Sample, widths: PriorWidths, *, seed: int, warmup: int, chains: int) -> Sample:
+    """The posterior under a prior of other widths."""
+    everything = np.ones(sample.log_likelihood.shape[1])
+    before, after = (_log_joint(sample.problem, sample.z, everything, w) for w in (sample.widths, widths))
+    log_ratio = sample.log_weight + after - before
+    return _redraw(sample, log_ratio, everything, widths, draws=len(sample.z), seed=seed, warmup=warmup, chains=chains)
+
+
+@float64
+def without_condition(sample: Sample, condition: int, *, seed: int, warmup: int, chains: int) -> Sample:
+    """The posterior from all conditions but one; ``log_likelihood`` still has a column for it."""
+    weight = np.ones(sample.log_likelihood.shape[1])
+    weight[condition] = 0.0
+    log_ratio = sample.log_weight - sample.log_likelihood[:, condition]
+    draws = REFIT_DRAWS * chains
+    return _redraw(sample, log_ratio, weight, sample.widths, draws=draws, seed=seed, warmup=warmup, chains=chains)
+
+
+def _redraw(
+    sample: Sample,
+    log_ratio: np.ndarray,
+    weight: np.ndarray,
+    widths: PriorWidths,
+    *,
+    draws: int,
+    seed: int,
+    warmup: int,
+    chains: int,
+) -> Sample:
+    problem, limit = sample.problem, pareto_limit(draws)
+    if len(problem.target.used) <= FEW_DIMENSIONS:
+        start = sample.z, log_ratio
+        for attempt in range(2):
+            data = _data(problem, weight, widths)
+            log_joint = densities(problem.target.law, problem.target.shapes)[0]
+            found = importance_sample(log_joint, *start, data=data, draws=draws, seed=seed + attempt)
+            sound = found.pareto_k < limit and effective_share(found.log_weight) * draws >= LEAST_EFFECTIVE
+            if not sound or attempt or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
+                break
+            start = found.z, found.log_weight
+            problem = focus(problem, _resampled(*start, seed))
+        if sound:
+            evidence = Evidence(found.log_evidence, found.standard_error, "importance")
+            return _sample(problem, widths, found.z, found.log_weight, evidence)
+    elif array_stats.psislw(-log_ratio)[1] < limit:
+        shift = logsumexp(log_ratio) - np.log(len(log_ratio))
+        error = np.sqrt(max(1 / effective_share(log_ratio) - 1, 0.0) / len(log_ratio) * 4)
+        known = sample.evidence
+        evidence = Evidence(known.log_evidence + shift, float(np.hypot(known.standard_error, error)), known.method)
+        return _sample(problem, widths, sample.z, log_ratio, evidence)
+    run = run_chains(problem, weight, widths, seed=seed, warmup=warmup, chains=chains, count=max(draws // chains, 4))
+    log_joint = densities(problem.target.law, problem.target.shapes)[0]
+    evidence = bridge_log_evidence(log_joint, run.z, data=_data(problem, weight, widths), seed=seed)
+    flat = run.z.reshape(-1, run.z.shape[-1])
+    return _sample(problem, widths, flat, np.zeros(len(flat)), evidence)
+
+
+def _data(problem: Problem, weight: np.ndarray, widths: PriorWidths) -> tuple:
+    return problem.target.inputs, problem.weighted(weight), widths.as_arrays()
+
+
+def _log_joint(problem: Problem, z: np.ndarray, weight: np.ndarray, widths: PriorWidths) -> np.ndarray:
+    return at_points(densities(problem.target.law, problem.target.shapes)[0], z, _data(problem, weight, widths))
+
+
+def _sample(problem: Problem, widths: PriorWidths, z: np.ndarray, log_weight: np.ndarray, evidence: Evidence) -> Sample:
+    values = model_at(problem, problem.near_inputs, problem.target.to_model(z)[None], widths).log_likelihood[0]
+    return Sample(problem, widths, z, log_weight, values, evidence)
+
+
+def _resampled(z: np.ndarray, log_weight: np.ndarray, seed: int) -> np.ndarray:
+    probability = np.exp(log_weight - logsumexp(log_weight))
+    return z[np.random.default_rng(seed).choice(len(z), len(z), p=probability / probability.sum())]
+
+
+def _share_outside(problem: Problem, z: np.ndarray, log_weight: np.ndarray) -> float:
+    """Share of the weight beyond the region where the law's rates are tabulated."""
+    table, count = problem.target.inputs.surrogate, len(problem.target.used) - 2
+    if table is None:
+        return 0.0
+    place = (z[:, :count] - np.asarray(table.center)[:count]) / np.asarray(table.half_width)[:count]
+    outside = np.any(np.abs(place) > 1, axis=1)
+    return float(np.exp(logsumexp(log_weight[outside]) - logsumexp(log_weight))) if outside.any() else 0.0
