@@ -27,7 +27,7 @@ _HOME = {
     "load_law": "law",
     "prepare": "inference",
     "read_measurements": "table",
-    "simulate_sde": "simulate",
+    "simulate_sde": "sde",
     "threshold_log_rate": "law",
     "write_report": "report",
 }
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         threshold_log_rate,
     )
     from escape_inference.report import write_report
-    from escape_inference.simulate import simulate_sde
+    from escape_inference.sde import simulate_sde
     from escape_inference.table import read_measurements
 
 

@@ -134,7 +134,7 @@ def make_design(
         seed: of the spread.
 
     Returns:
-        A design for :func:`escape_inference.simulate.simulate_sde`.
+        A design for :func:`escape_inference.sde.simulate_sde`.
 
     >>> design = make_design(World(), seed=1)
     >>> len(design), design.minimum.nunique(), bool((design.loss_minimum.max() / design.loss_minimum.min()) > 99)

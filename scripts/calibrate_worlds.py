@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import binom
 
 from escape_inference import compare
-from escape_inference.simulate import simulate_sde
+from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
 
 STRENGTH, DIMENSION = 0.03, 2

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from escape_inference.simulate import simulate_sde
+from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
 
 

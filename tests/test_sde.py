@@ -10,7 +10,7 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import splu
 
 from escape_inference.errors import InputError
-from escape_inference.simulate import _Conditions, _landscape, _revive, _State, simulate_sde, simulate_slide
+from escape_inference.sde import _Conditions, _landscape, _revive, _State, simulate_sde, simulate_slide
 from escape_inference.table import read_measurements
 from escape_inference.worlds import World, high_barrier_rate, make_design, temperature
 
