@@ -27,6 +27,7 @@ _HOME = {
     "load_law": "law",
     "prepare": "inference",
     "read_measurements": "table",
+    "simulate": "simulation",
     "simulate_sde": "sde",
     "threshold_log_rate": "law",
     "write_report": "report",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
     from escape_inference.report import write_report
     from escape_inference.sde import simulate_sde
+    from escape_inference.simulation import simulate
     from escape_inference.table import read_measurements
 
 

@@ -17,9 +17,9 @@ _COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
 class Ahead:
     """A jitted function that can be compiled in the background for arguments of the shapes that it will get.
 
-    >>> doubled = Ahead(jax.jit(lambda x, power: x**power, static_argnames="power"))
-    >>> doubled.prepare(np.zeros(3), power=2)
-    >>> doubled(np.arange(3.0), power=2).tolist()
+    >>> power = Ahead(jax.jit(lambda x, degree: x**degree, static_argnames="degree"))
+    >>> power.prepare(np.zeros(3, np.float32), degree=2)
+    >>> power(np.arange(3, dtype=np.float32), degree=2).tolist()
     [0.0, 1.0, 4.0]
     """
 
@@ -32,7 +32,8 @@ class Ahead:
         shapes = jax.tree.map(_shape, arguments)
         key = _key(arguments, static)
         if key not in self._programs:
-            self._programs[key] = _COMPILERS.submit(self._compile, shapes, static)
+            with_precision = float64(self._compile) if jax.config.jax_enable_x64 else self._compile
+            self._programs[key] = _COMPILERS.submit(with_precision, shapes, static)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """The function's value; waits for the program if it is being compiled."""
@@ -42,7 +43,7 @@ class Ahead:
         return program.result()(*jax.tree.map(_as_array, arguments))
 
     def _compile(self, shapes: Any, static: dict[str, Any]) -> Any:
-        return float64(lambda: self.jitted.lower(*shapes, **static).compile())()
+        return self.jitted.lower(*shapes, **static).compile()
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:

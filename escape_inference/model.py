@@ -7,6 +7,7 @@ log-likelihood and its derived quantities at a point of unconstrained space, whi
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ MEAN_DISCREPANCY = 0.5
 BARRIER_FLOOR = 0.02
 MINIMUM_QUANTITIES = ("loss_minimum", "hessian_minimum", "effective_dimension")
 LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
+_ONE_TRACE = RLock()  # NumPyro's stack of effect handlers is one for all threads
 
 
 class PriorWidths(NamedTuple):
@@ -276,7 +278,8 @@ def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, t
     found: dict[str, tuple[tuple[int, ...], bool]] = {}
 
     def look(inputs: Inputs, observed: Observations) -> None:
-        trace = handlers.trace(handlers.seed(escape_model, jax.random.key(0))).get_trace(law, inputs, observed)
+        with _ONE_TRACE:
+            trace = handlers.trace(handlers.seed(escape_model, jax.random.key(0))).get_trace(law, inputs, observed)
         for name, site in trace.items():
             if site["type"] == "sample" and not site["is_observed"]:
                 found[name] = (jnp.shape(site["value"]), site["fn"].support is dist.constraints.positive)
@@ -309,7 +312,8 @@ def evaluate(
 ) -> Evaluation:
     """Log prior and log-likelihoods at an unconstrained point (weights not applied to the latter)."""
     values, log_jacobian = unpack(z, shapes)
-    trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, widths)
+    with _ONE_TRACE:
+        trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, widths)
     log_prior = log_jacobian
     for name in shapes:
         log_prior += jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"]))
@@ -329,7 +333,8 @@ def sample_prior(
 
     def one(key: Array) -> Array:
         model = handlers.block(handlers.seed(escape_model, key), hide=["escapes"])
-        trace = handlers.trace(model).get_trace(law, inputs, observed, widths)
+        with _ONE_TRACE:
+            trace = handlers.trace(model).get_trace(law, inputs, observed, widths)
         parts = [jnp.log(trace[k]["value"]) if positive else trace[k]["value"] for k, (_, positive) in shapes.items()]
         return jnp.concatenate([jnp.ravel(part) for part in parts])
 

@@ -8,7 +8,8 @@ import pytest
 import xarray as xr
 
 from escape_inference.comparison import compare
-from escape_inference.sde import simulate_sde, simulate_slide
+from escape_inference.sde import simulate_sde
+from escape_inference.simulation import simulate_slide
 from escape_inference.worlds import World, make_design
 
 LAWS = ["power_law", "arrhenius"]

@@ -10,7 +10,9 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import splu
 
 from escape_inference.errors import InputError
-from escape_inference.sde import _Conditions, _landscape, _revive, _State, simulate_sde, simulate_slide
+from escape_inference.sde import simulate_sde
+from escape_inference.sde_steps import State, StepSettings, landscape, revive
+from escape_inference.simulation import simulate_slide
 from escape_inference.table import read_measurements
 from escape_inference.worlds import World, high_barrier_rate, make_design, temperature
 
@@ -208,7 +210,7 @@ def test_an_escaped_replica_becomes_a_copy_of_any_survivor_and_of_no_other():
     alive = jnp.array([[True] * 5 + [False], [True] * 6])
     parents = set()
     for uniform in np.linspace(0, 1, 50):
-        after = _revive(_State(position, alive, jnp.zeros(2, int)), escaped, jnp.full((2, 6), uniform))[..., 0]
+        after = revive(State(position, alive, jnp.zeros(2, int)), escaped, jnp.full((2, 6), uniform))[..., 0]
         assert after[0, [0, 2, 4, 5]].tolist() == [1, 3, 5, 6]
         assert after[1].tolist() == [0] * 6
         parents.add(float(after[0, 1]))
@@ -218,27 +220,27 @@ def test_an_escaped_replica_becomes_a_copy_of_any_survivor_and_of_no_other():
 @pytest.mark.parametrize("barrier", ["saddle", "threshold"])
 def test_the_landscape_has_the_curvatures_and_heights_it_was_asked_for(barrier):
     c, r = 1.7, 0.6
-    conditions = _Conditions(*(jnp.asarray([v]) for v in (0.1, 1.0, 0.01, c, r, 1)))
+    conditions = StepSettings(*(jnp.asarray([v]) for v in (1.0, c, r)), *(jnp.zeros((1, 1)),) * 4)
 
-    compiled = jax.jit(_landscape, static_argnums=0)
+    compiled = jax.jit(landscape, static_argnums=0)
 
-    def landscape(points):
+    def loss_and_gradient(points):
         loss, gradient, _ = compiled(barrier, conditions, jnp.asarray(points, jnp.float32)[None])
         return np.asarray(loss[0], float), np.asarray(gradient[0], float)
 
     def curvature(point, step=5e-3):
         moves = step * np.eye(3)
-        return (landscape(point + moves)[1] - landscape(point - moves)[1]) / (2 * step)
+        return (loss_and_gradient(point + moves)[1] - loss_and_gradient(point - moves)[1]) / (2 * step)
 
     points = np.random.default_rng(0).uniform(-2.5, 4.5, (50, 3))
     for axis, move in enumerate(0.02 * np.eye(3)):
-        slope = (landscape(points + move)[0] - landscape(points - move)[0]) / 0.04
-        np.testing.assert_allclose(landscape(points)[1][:, axis], slope, atol=2e-3)
+        slope = (loss_and_gradient(points + move)[0] - loss_and_gradient(points - move)[0]) / 0.04
+        np.testing.assert_allclose(loss_and_gradient(points)[1][:, axis], slope, atol=2e-3)
     np.testing.assert_allclose(curvature(np.array([-6e-3, 0, 0])), np.eye(3), atol=1e-3)
     np.testing.assert_allclose(curvature(np.array([6e-3, 0, 0])), np.eye(3), atol=2e-2)
     if barrier == "saddle":
         saddle = np.array([np.sqrt(12 * (c - 1) / (1 + r)), 0, 0])
-        np.testing.assert_allclose(landscape([saddle, 2 * saddle])[0], [c, 1], rtol=1e-5)
+        np.testing.assert_allclose(loss_and_gradient([saddle, 2 * saddle])[0], [c, 1], rtol=1e-5)
         for place in (0.997, 1.003):
             np.testing.assert_allclose(curvature(saddle * place), np.diag([-r, 1, 1]), atol=1e-2)
 

@@ -167,7 +167,7 @@ def test_the_perceptron_is_the_one_of_equinox(own: Dataset) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("perceptron", {}, "unknown name 'perceptron'; use multilayer_perceptron, linear or an import path"),
+        ("perceptron", {}, "unknown name 'perceptron'; use multilayer_perceptron, linear, convolutional or an import path"),
         ("linear", {"widths": [3]}, "unknown option widths; allowed: bias"),
         ("multilayer_perceptron", {"widths": [0]}, "whole numbers >= 1"),
         ("multilayer_perceptron", {"widths": 3}, "widths = 3"),

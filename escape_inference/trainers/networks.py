@@ -1,4 +1,4 @@
-"""Networks by name: a multilayer perceptron, a linear map, or the user's own.
+"""Networks by name: a multilayer perceptron, a convolutional network, a linear map, or the user's own.
 
 A network is two functions, as pure as JAX wants them: ``init(key) -> params`` (any pytree of arrays) and
 ``apply(params, inputs) -> predictions`` for a batch, inputs [batch, ...], predictions of the shape of the targets.
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from escape_inference.errors import InputError
+from escape_inference.trainers.convolutional import ConvolutionalNetwork, convolved
 from escape_inference.trainers.datasets import Dataset, check_options, import_object, module_path
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -107,6 +108,59 @@ def _perceptron(sizes: tuple[int, ...], activation: str, *, squeeze: bool) -> Ne
     )
 
 
+def convolutional(
+    data: Dataset,
+    channels: Sequence[int] = (8, 16),
+    widths: Sequence[int] = (64,),
+    kernel: int = 5,
+    stride: int = 2,
+    activation: str = "relu",
+) -> Network:
+    """Return convolutions with the given channels followed by fully connected layers of the given hidden widths.
+
+    Inputs are images [samples, height, width] or [samples, height, width, channels]; flat inputs are square images of
+    one channel.
+
+    Raises:
+        InputError: numbers below 1, an unknown activation, inputs that are no images or too small for the kernel.
+
+    >>> from escape_inference.trainers.datasets import load_data
+    >>> network = convolutional(load_data("mnist_two_class", {"samples": 10}))
+    >>> params = network.init(jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params)), network.apply(params, jnp.ones((5, 784))).shape
+    (19937, (5,))
+    """
+    if not channels or min([*channels, *widths, kernel, stride]) < 1:
+        raise InputError("network: channels (at least one), widths, kernel and stride must be whole numbers >= 1")
+    if activation not in ACTIVATIONS:
+        raise InputError(f"network: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    shape = data.inputs.shape[1:]
+    side = round(float(np.sqrt(shape[0])))
+    image = {1: (side, side, 1), 2: (*shape, 1), 3: shape}.get(len(shape), (0, 0, 0))
+    smallest = min(convolved(length, len(channels), kernel, stride) for length in image[:2])
+    if smallest < 1 or np.prod(image) != np.prod(shape):
+        raise InputError(f"network: inputs of shape {shape} are no images that {len(channels)} kernels of {kernel} fit")
+    outputs = 1 if data.targets.ndim == 1 else data.targets.shape[1]
+    return _convolutional(
+        image, tuple(channels), (*widths, outputs), kernel, stride, activation, squeeze=data.targets.ndim == 1
+    )
+
+
+@lru_cache(maxsize=32)
+def _convolutional(
+    image: tuple[int, int, int],
+    channels: tuple[int, ...],
+    sizes: tuple[int, ...],
+    kernel: int,
+    stride: int,
+    activation: str,
+    *,
+    squeeze: bool,
+) -> Network:
+    settings = image, channels, sizes, kernel, stride, ACTIVATIONS[activation], squeeze
+    return _from_module("convolutional", lambda key: ConvolutionalNetwork(*settings, key), batched=True)
+
+
 def linear(data: Dataset, bias: bool = False) -> Network:
     """Return the linear map of the inputs, without bias unless asked for, so that d inputs give d parameters.
 
@@ -131,7 +185,11 @@ def _apply_linear(params: dict[str, Array], inputs: Array) -> Array:
     return inputs.reshape(len(inputs), -1) @ params["weights"] + params.get("bias", 0.0)
 
 
-BUILT_IN: dict[str, Callable[..., Network]] = {"multilayer_perceptron": multilayer_perceptron, "linear": linear}
+BUILT_IN: dict[str, Callable[..., Network]] = {
+    "multilayer_perceptron": multilayer_perceptron,
+    "linear": linear,
+    "convolutional": convolutional,
+}
 
 
 def load_network(
@@ -147,7 +205,7 @@ def load_network(
     - an object with methods ``init(key, inputs)`` and ``apply(params, inputs)``, as flax's are.
 
     Args:
-        name: ``multilayer_perceptron``, ``linear`` or ``my_module:my_network``.
+        name: ``multilayer_perceptron``, ``linear``, ``convolutional`` or ``my_module:my_network``.
         data: what it will be trained on.
         options: keyword arguments of the built-in network; of the function of a key, for an import path.
         folder: searched first for the user's module.

@@ -33,6 +33,8 @@ LARGEST_STEP = 0.1
 """Of the search for the saddle, over the distance of two neighbours on the path."""
 MIXED = 1e-3
 """Share of random directions in a starting vector that may be an eigenvector."""
+FLATTEST = 1e-4
+"""Smallest curvature that Newton's step of the search uses, over the largest one."""
 SAFE = 0.5
 """Learning rate of descents, over one divided by the largest curvature."""
 
@@ -50,6 +52,7 @@ class Saddle:
         gradient_norm: Euclidean norm of the full-batch gradient there.
         negative: number of negative eigenvalues among the lowest ones; 1 at a saddle that a path crosses.
         lowest: the lowest eigenvalues, 1/time.
+        mode: the direction of the lowest one, of unit length, over the flattened parameters.
         path_losses: full-batch loss along the relaxed path, from the first minimum to the second.
         converged: a small gradient and exactly one negative eigenvalue.
         note: what is not as it should be, in a sentence; empty if converged.
@@ -63,6 +66,7 @@ class Saddle:
     gradient_norm: float
     negative: int
     lowest: Float[np.ndarray, " k"]
+    mode: Float[np.ndarray, " p"]
     path_losses: Float[np.ndarray, " m"]
     converged: bool
     note: str
@@ -93,8 +97,8 @@ def find_saddle(
     """Find the saddle on the path of lowest loss from one minimum to another.
 
     A path is relaxed by the string method; from its highest point the search climbs along the lowest eigenvector of the
-    Hessian and descends in every other direction, with Newton's step along the eigenvector (min-mode following;
-    Henkelman and Jonsson, J. Chem. Phys. 111, 7010, 1999), until the gradient is small. Between minima of wide networks
+    Hessian and descends in every other direction by Newton's step (min-mode following; Henkelman and Jonsson, J. Chem.
+    Phys. 111, 7010, 1999), until the gradient is small. Between minima of wide networks
     the barrier may vanish as the path relaxes (Draxler et al., ICML 2018): then there is no saddle, and ``note`` says so.
 
     Args:
@@ -168,30 +172,29 @@ def _top(problem: Problem, params: PyTree) -> float:
 
 @lru_cache(maxsize=32)
 def _compiled_search(recipe: Recipe, iterations: int) -> Callable:
-    """One step of min-mode following: ``-> (point, lowest eigenvector, gradient norm before the step)``."""
+    """One step of min-mode following: ``-> (point, lowest eigenvector, gradient norm before the step)``.
+
+    The Krylov space holds the gradient, so that Newton's step is taken in it: up along the lowest direction, down along
+    every other, whatever the sign of its curvature.
+    """
 
     def search(
         params: PyTree, point: Array, mode: Array, rate: Array, longest: Array, inputs: Array, targets: Array
     ) -> tuple[Array, Array, Array]:
         unravel = ravel_pytree(params)[1]
         slope, tangent = jax.linearize(jax.grad(lambda at: recipe.mean_loss(unravel(at), inputs, targets)), point)
-        value, mode = _lowest_mode(tangent, mode, iterations)
-        along = slope @ mode
-        across = slope - along * mode
-        newton = along / jnp.maximum(jnp.abs(value), 1e-12)
-        step = jnp.where(jnp.abs(newton) > longest, jnp.sign(newton) * longest, newton) * mode - rate * across
-        length = jnp.linalg.norm(step)
-        step = step * jnp.minimum(1.0, longest / jnp.maximum(length, 1e-30))
-        return point + step, mode, jnp.linalg.norm(slope)
+        norm = jnp.linalg.norm(slope)
+        start = _mixed(mode / jnp.linalg.norm(mode) + slope / jnp.maximum(norm, 1e-30))
+        basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(tangent, start)
+        values, vectors = jnp.linalg.eigh(matrix)
+        along = vectors.T @ (basis @ slope)
+        size = jnp.maximum(jnp.abs(values), FLATTEST * jnp.max(jnp.abs(values)))
+        newton = jnp.where(jnp.arange(iterations) == 0, along, -along) / size
+        step = basis.T @ (vectors @ newton) - rate * (slope - basis.T @ (basis @ slope))
+        step = step * jnp.minimum(1.0, longest / jnp.maximum(jnp.linalg.norm(step), 1e-30))
+        return point + step, basis.T @ vectors[:, 0], norm
 
     return jax.jit(search)
-
-
-def _lowest_mode(product: Callable[[Array], Array], start: Array, iterations: int) -> tuple[Array, Array]:
-    basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, _mixed(start))
-    values, vectors = jnp.linalg.eigh(matrix)
-    mode = vectors[:, 0] @ basis
-    return values[0], mode / jnp.linalg.norm(mode)
 
 
 def _mixed(vector: Array) -> Array:
@@ -209,7 +212,7 @@ def _describe(
     slope = ravel_pytree(gradient)[0]
     norm = float(jnp.linalg.norm(slope))
     iterations = min(LANCZOS, problem.dimension)
-    values, residuals, _ = eigenpairs(there, "hessian", min(LOWEST, problem.dimension), iterations, lowest=True)
+    values, residuals, vectors = eigenpairs(there, "hessian", min(LOWEST, problem.dimension), iterations, lowest=True)
     negative = int((values < -NEGLIGIBLE * curvature).sum())
     error = 0.0
     if norm > 0:
@@ -229,6 +232,7 @@ def _describe(
         gradient_norm=norm,
         negative=negative,
         lowest=values,
+        mode=vectors[0],
         path_losses=heights,
         converged=not note,
         note=note,
