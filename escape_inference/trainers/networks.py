@@ -14,20 +14,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.convolutional import ConvolutionalNetwork, convolved
+from escape_inference.trainers.architectures import ACTIVATIONS, ConvolutionalNetwork, MultilayerPerceptron, convolved
 from escape_inference.trainers.datasets import Dataset, check_options, import_object, module_path
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "softplus": jax.nn.softplus,
-    "identity": lambda x: x,
-}
 
 
 @dataclass(frozen=True)
@@ -43,39 +34,6 @@ class Network:
     name: str
     init: Callable[[Key[Array, ""]], PyTree]
     apply: Callable[[PyTree, Array], Array]
-
-
-class MultilayerPerceptron(eqx.Module):
-    """Fully connected layers with one activation between them; works on whole batches.
-
-    Attributes:
-        layers: affine maps, initialised uniformly in ±1/√(fan in) (the default of equinox and of PyTorch).
-        activation: name of the function between the layers, see ``ACTIVATIONS``.
-        squeeze: return [batch] rather than [batch, 1].
-    """
-
-    layers: list[eqx.nn.Linear]
-    activation: str = eqx.field(static=True)
-    squeeze: bool = eqx.field(static=True)
-
-    def __init__(self, sizes: Sequence[int], activation: str, squeeze: bool, key: Key[Array, ""]) -> None:
-        keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = [eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes[:-1], sizes[1:], keys, strict=True)]
-        self.activation = activation
-        self.squeeze = squeeze
-
-    def __call__(self, inputs: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-        """Return the predictions for a batch."""
-        hidden = inputs.reshape(len(inputs), -1)
-        for layer in self.layers[:-1]:
-            hidden = ACTIVATIONS[self.activation](_affine(layer, hidden))
-        output = _affine(self.layers[-1], hidden)
-        return output[:, 0] if self.squeeze else output
-
-
-def _affine(layer: eqx.nn.Linear, inputs: Float[Array, "batch in"]) -> Float[Array, "batch out"]:
-    output = inputs @ layer.weight.T
-    return output if layer.bias is None else output + layer.bias
 
 
 def multilayer_perceptron(data: Dataset, widths: Sequence[int] = (100, 100, 100), activation: str = "relu") -> Network:
@@ -157,7 +115,7 @@ def _convolutional(
     *,
     squeeze: bool,
 ) -> Network:
-    settings = image, channels, sizes, kernel, stride, ACTIVATIONS[activation], squeeze
+    settings = image, channels, sizes, kernel, stride, activation, squeeze
     return _from_module("convolutional", lambda key: ConvolutionalNetwork(*settings, key), batched=True)
 
 
