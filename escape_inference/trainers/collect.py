@@ -17,11 +17,21 @@ from escape_inference.errors import InputError
 from escape_inference.trainers.datasets import Dataset, import_object, load_data
 from escape_inference.trainers.losses import LOSSES
 from escape_inference.trainers.networks import load_network
-from escape_inference.trainers.parts import Report, World, condition_part, minimum_part, ramp_part
-from escape_inference.trainers.specs import MinimumSpec, RampSpec, describe, fingerprint
+from escape_inference.trainers.parts import (
+    Report,
+    World,
+    condition_part,
+    crossing_part,
+    minimum_part,
+    ramp_part,
+    saddle_part,
+)
+from escape_inference.trainers.specs import CrossingSpec, MinimumSpec, RampSpec, SaddleSpec, describe, fingerprint
 from escape_inference.trainers.storage import open_campaign
 from escape_inference.trainers.study import Study, read_study
 from escape_inference.trainers.tables import write_tables
+
+SECTIONS: dict[type, str] = {RampSpec: "[[ramps]]", SaddleSpec: "[[saddles]]", CrossingSpec: "[[saddles]]"}
 
 
 def collect(
@@ -40,7 +50,8 @@ def collect(
         Path of ``measurements.parquet``, the table of all runs. Beside it: ``minima.csv``, ``spectra.csv`` (the
         eigenvalues at each minimum), ``conditions.csv`` (what each condition gave, whether it settled, unstable ones
         included) and ``trends.csv`` (rate and loss in time); and, where the study has ramps, ``ramps.csv`` (what each
-        gave) and ``critical_learning_rates.parquet`` and ``.csv`` (a row for each run).
+        gave) and ``critical_learning_rates.parquet`` and ``.csv`` (a row for each run); and, where it looks for
+        saddles, ``saddles.csv`` (all that were found, converged or not).
 
     Raises:
         InputError: the study, its data or network, or the output folder cannot be used; the disk is full; or no escape
@@ -70,6 +81,10 @@ def collect(
             condition_part(campaign, condition, worlds[_world_key(condition.minimum)], report)
         for ramp in plan.ramps:
             ramp_part(campaign, ramp, worlds[_world_key(ramp.minimum)], report)
+        for saddle in plan.saddles:
+            saddle_part(campaign, saddle, worlds[_world_key(saddle.minimum)], report)
+        for crossing in plan.crossings:
+            crossing_part(campaign, crossing, worlds[_world_key(crossing.minimum)], report)
         return write_tables(campaign, plan)
 
 
@@ -96,7 +111,7 @@ def _prepare(plan: Study) -> dict[str, World]:
         _check_batch("[[minima]]", spec.label, spec.settings["batch_size"], worlds[key].data)
     for measured in plan.measured:
         worlds[_world_key(measured.minimum)].arguments(measured)
-        section = "[[ramps]]" if isinstance(measured, RampSpec) else "[[escape]]"
+        section = SECTIONS.get(type(measured), "[[escape]]")
         _check_batch(section, describe(measured), measured.batch_size, worlds[_world_key(measured.minimum)].data)
     return worlds
 

@@ -10,17 +10,34 @@ from typing import Any
 import jax
 
 from escape_inference.errors import InputError
+from escape_inference.trainers.crossings import measure_crossings
 from escape_inference.trainers.datasets import Dataset
 from escape_inference.trainers.escape import UnstableMinimum, measure_escape
+from escape_inference.trainers.exits import Exit, find_exits
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.networks import Network
 from escape_inference.trainers.optimizers import named_optimizer
 from escape_inference.trainers.ramp import measure_ramp
 from escape_inference.trainers.schema import HessianSection
-from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, derived_seed, describe
+from escape_inference.trainers.specs import (
+    ConditionSpec,
+    CrossingSpec,
+    MinimumSpec,
+    RampSpec,
+    SaddleSpec,
+    derived_seed,
+    describe,
+)
 from escape_inference.trainers.spectra import spectrum_record
 from escape_inference.trainers.storage import Campaign
-from escape_inference.trainers.tables import part_name, ramp_summary, read_record, record_writer, summary
+from escape_inference.trainers.tables import (
+    part_name,
+    ramp_summary,
+    read_record,
+    record_writer,
+    saddle_summary,
+    summary,
+)
 
 Report = Callable[[int, int, str], None]
 Writers = dict[str, Callable[[Path], object]]
@@ -41,7 +58,7 @@ class World:
         """Inputs and targets."""
         return self.data.inputs, self.data.targets
 
-    def arguments(self, spec: MinimumSpec | ConditionSpec | RampSpec) -> dict[str, Any]:
+    def arguments(self, spec: MinimumSpec | ConditionSpec | RampSpec | SaddleSpec | CrossingSpec) -> dict[str, Any]:
         """The settings of a piece of the study, with the optimiser that they name."""
         named = spec.settings.get("optimizer")
         if named is None:
@@ -145,10 +162,75 @@ def ramp_part(campaign: Campaign, spec: RampSpec, world: World, report: Report) 
     _measured_part(campaign, "ramp", spec, world, report, measure)
 
 
+def saddle_part(campaign: Campaign, spec: SaddleSpec, world: World, report: Report) -> None:
+    """Look for the saddles around one minimum, unless that is done or the minimum could not be trained."""
+
+    def measure(minimum: Minimum, known: dict[str, Any]) -> tuple[dict[str, Any], Writers]:
+        learning_rates = spec.learning_rates_at(known["hessian_minimum"])
+        found = find_exits(
+            world.network.apply,
+            minimum,
+            *world.problem,
+            learning_rates=learning_rates,
+            batch_size=spec.batch_size,
+            loss_barrier=spec.threshold * known["loss_minimum"],
+            **spec.settings,
+            loss=world.loss,
+            seed=derived_seed(spec.content, "saddles"),
+            progress=report,
+        )
+        return saddle_summary(found, learning_rates, known["loss_minimum"]), {
+            f"exit_{place}.npz": one.save for place, one in enumerate(found.exits)
+        }
+
+    _measured_part(campaign, "saddle", spec, world, report, measure)
+
+
+def crossing_part(campaign: Campaign, spec: CrossingSpec, world: World, report: Report) -> None:
+    """Time the escapes over the lowest saddle around a minimum, unless that is done or there is none to cross."""
+
+    def measure(minimum: Minimum, known: dict[str, Any]) -> tuple[dict[str, Any], Writers]:
+        folder = campaign.finished(part_name("saddle", spec.saddle))
+        assert folder is not None
+        searched = read_record(folder)
+        if searched["chosen"] is None:
+            return {"status": "no saddle", "note": searched["note"]}, {}
+        way_out = Exit.load(folder / f"exit_{searched['chosen']}.npz", minimum.params)
+        ratio = way_out.saddle.loss_barrier / known["loss_minimum"]
+        hessian_minimum = way_out.hessian_along if spec.along else known["hessian_minimum"]
+        learning_rate = spec.learning_rate_at(hessian_minimum, ratio)
+        barrier = {"loss_barrier": way_out.saddle.loss_barrier}
+        try:
+            measured = measure_crossings(
+                world.network.apply,
+                minimum,
+                *world.problem,
+                way_out,
+                learning_rate=learning_rate,
+                batch_size=spec.batch_size,
+                start=spec.start,
+                **world.arguments(spec),
+                loss=world.loss,
+                seed=derived_seed(spec.content, "escape"),
+                hessian_minimum=hessian_minimum,
+                run_prefix=f"{spec.identity[:6]}-",
+                progress=report,
+            )
+        except UnstableMinimum as error:
+            return {"status": "unstable", "learning_rate": learning_rate, **barrier, "note": str(error)}, {}
+        record = {"status": "measured", "learning_rate": learning_rate, **barrier, **summary(measured)}
+        return record | {"elsewhere": measured.elsewhere}, {
+            "rows.parquet": lambda path: measured.rows.to_parquet(path, index=False),
+            "trend.csv": lambda path: measured.trend.to_csv(path, index=False),
+        }
+
+    _measured_part(campaign, "crossing", spec, world, report, measure)
+
+
 def _measured_part(
     campaign: Campaign,
     kind: str,
-    spec: ConditionSpec | RampSpec,
+    spec: ConditionSpec | RampSpec | SaddleSpec | CrossingSpec,
     world: World,
     report: Report,
     measure: Callable[[Minimum, dict[str, Any]], tuple[dict[str, Any], Writers]],

@@ -29,7 +29,7 @@ class EscapeRecord:
 
     Attributes:
         rows: columns ``run``, ``learning_rate``, ``batch_size``, ``steps``, ``escaped``, ``check_interval``,
-            ``barrier`` ("threshold"), ``start``, ``loss_minimum``, ``loss_barrier`` and, if it was given,
+            ``barrier``, ``start``, ``loss_minimum``, ``loss_barrier`` and what else is known of the condition, such as
             ``hessian_minimum``. The caller adds ``minimum`` and other covariates. ``run`` is ``run_prefix`` and the
             slot ("007"), from the quasi-stationary state with the number of the gap ("007-0003"). A run of the same
             name in another condition would read as a ramp, so every condition needs its own ``run_prefix``.
@@ -52,6 +52,7 @@ class EscapeRecord:
         screens: sizes of the two screens, None if every look was exact.
         warnings: what a reader must know, in sentences.
         seconds: wall time.
+        elsewhere: runs that left by another way than over the saddle that was watched; censored there.
     """
 
     rows: pd.DataFrame
@@ -71,6 +72,7 @@ class EscapeRecord:
     screens: tuple[int, int] | None
     warnings: tuple[str, ...]
     seconds: float
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Condition:
     loss_barrier: float
     hessian_minimum: float | None
     run_prefix: str
+    barrier: str = "threshold"
+    more: tuple[tuple[str, float], ...] = ()
+    """Other columns, such as ``hessian_saddle``."""
 
     def row(self, run: str, steps: int, escaped: bool) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -94,12 +99,13 @@ class Condition:
             "steps": steps,
             "escaped": escaped,
             "check_interval": self.check_interval,
-            "barrier": "threshold",
+            "barrier": self.barrier,
             "start": self.start,
             "loss_minimum": self.loss_minimum,
             "loss_barrier": self.loss_barrier,
         }
-        return values if self.hessian_minimum is None else values | {"hessian_minimum": self.hessian_minimum}
+        known = {} if self.hessian_minimum is None else {"hessian_minimum": self.hessian_minimum}
+        return values | known | dict(self.more)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Outcome:
     screens: tuple[int, int] | None
     burn_in_test: dict[str, float]
     settled: bool
+    elsewhere: tuple[tuple[int, int], ...] = ()
+    """(iteration, slot) of every run that was lost to another way out: censored there, and replaced or ended."""
 
     def escapes(self) -> list[tuple[int, int]]:
         """(iteration, slot) of every measured escape, in order."""
@@ -122,16 +130,17 @@ class Outcome:
 
 def make_rows(condition: Condition, outcome: Outcome) -> pd.DataFrame:
     """One row for each gap between escapes of a slot (from the minimum: for each slot), the unfinished censored."""
-    times: list[list[int]] = [[] for _ in range(outcome.replicas)]
-    for step, slot in outcome.escapes():
-        times[slot].append(step)
+    times: list[list[tuple[int, bool]]] = [[] for _ in range(outcome.replicas)]
+    ended = [(step, slot, True) for step, slot in outcome.escapes()]
+    for step, slot, escaped in sorted(ended + [(step, slot, False) for step, slot in outcome.elsewhere]):
+        times[slot].append((step, escaped))
     quasi_stationary = condition.start == "quasi_stationary"
     rows = []
     for slot, own in enumerate(times):
         last = outcome.begin
-        for gap, step in enumerate(own):
+        for gap, (step, escaped) in enumerate(own):
             name = f"{slot:03d}-{gap:04d}" if quasi_stationary else f"{slot:03d}"
-            rows.append(condition.row(name, step - last, True))
+            rows.append(condition.row(name, step - last, escaped))
             last = step
         if last < outcome.end and (quasi_stationary or not own):
             name = f"{slot:03d}-{len(own):04d}" if quasi_stationary else f"{slot:03d}"
@@ -147,12 +156,13 @@ def make_trend(condition: Condition, outcome: Outcome) -> pd.DataFrame:
     bins = min(max(length // outcome.monitor, 1), TREND_BINS)
     edges = np.linspace(outcome.begin, outcome.end, bins + 1).astype(int)
     steps = np.array([step for step, _ in outcome.escapes()], dtype=int)
+    ends = np.append(steps, [step for step, _ in outcome.elsewhere]).astype(int)
     rows = []
     for low, high in pairwise(edges):
         count = int(np.sum((steps > low) & (steps <= high)))
         iterations = float(outcome.replicas * (high - low))
         if condition.start == "minimum":
-            iterations -= float(np.sum(np.clip(high - steps, 0, high - low)))
+            iterations -= float(np.sum(np.clip(high - ends, 0, high - low)))
         exposure = condition.learning_rate * iterations
         losses = scheduled[(scheduled[:, 0] > low) & (scheduled[:, 0] <= high), 5]
         rows.append(
@@ -189,6 +199,8 @@ def make_warnings(condition: Condition, outcome: Outcome, change: float, missed:
     if abs(change) > LARGEST_CHANGE:
         warnings.append(f"The rate changed by {change:+.1f} standard errors between the halves of the measurement.")
     interval = condition.check_interval * condition.learning_rate * (condition.hessian_minimum or 0.0)
+    if condition.barrier == "saddle":
+        interval = 0.0  # a run that has left over a saddle stays away, and it is seen at the next look
     if interval > LARGEST_INTERVAL:
         reason = (
             "crossings of the threshold that come back between two looks are missed"
@@ -231,4 +243,5 @@ def make_record(condition: Condition, outcome: Outcome, seconds: float) -> Escap
         screens=outcome.screens,
         warnings=make_warnings(condition, outcome, change, missed),
         seconds=seconds,
+        elsewhere=len(outcome.elsewhere),
     )

@@ -52,13 +52,14 @@ class HessianSection(Section):
     gauss_newton: bool = False
     density_probes: WholeNumber = 0
     density_iterations: Count = 60
+    escape_direction: Literal["top", "saddle"] = "top"
 
     @property
     def content(self) -> dict[str, Any]:
         """What a minimum's spectrum depends on; options that are not used leave it as if they did not exist."""
         optional = {"gauss_newton", "density_probes", "density_iterations"}
         used = self.model_dump(include=optional, exclude_defaults=True)
-        return self.model_dump(exclude=optional) | used
+        return self.model_dump(exclude=optional | {"escape_direction"}) | used
 
 
 class MinimaSection(Section):
@@ -139,6 +140,51 @@ class RampSection(Section):
         return self
 
 
+class SaddleSection(Section):
+    """``[[saddles]]``: the lowest saddle by which SGD leaves each minimum named, and escape times over it."""
+
+    minima: OneOrMany[str] = ["*"]
+    search_learning_rate: OneOrMany[Positive] | None = None
+    search_temperature: OneOrMany[Positive] | None = None
+    search_batch_size: Count | None = None
+    search_runs: Count = 16
+    search_steps: Count = 5000
+    threshold: AboveOne = 4.0
+    descent_steps: Count = 20_000
+    candidates: Count = 4
+    images: Annotated[int, Field(ge=3)] = 15
+    path_iterations: Count = 300
+    refine_iterations: Count = 100
+    gradient_norm: Positive = 1e-4
+    learning_rate: OneOrMany[Positive] | None = None
+    temperature: OneOrMany[Positive] | None = None
+    barrier_over_temperature: OneOrMany[Positive] | None = None
+    batch_size: OneOrMany[Count]
+    replicas: Annotated[int, Field(ge=2)]
+    steps: Count
+    check_interval: Count = 100
+    look_steps: Count = 500
+    start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
+    with_replacement: bool = True
+    optimizer: OptimizerSection | None = None
+    burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SaddleSection":
+        if (self.search_learning_rate is None) == (self.search_temperature is None):
+            raise ValueError("give either search_learning_rate or search_temperature (η h*/B), and not both")
+        given = [self.learning_rate, self.temperature, self.barrier_over_temperature]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError(
+                "give one of learning_rate, temperature (η h*/B) or barrier_over_temperature (log(L^s/L*) over that)"
+            )
+        if self.burn_in is not None and self.burn_in[0] > self.burn_in[1]:
+            raise ValueError(f"burn_in = {self.burn_in} must be [minimum, maximum]")
+        if self.check_interval > self.steps:
+            raise ValueError(f"check_interval = {self.check_interval} is longer than steps = {self.steps}")
+        return self
+
+
 class StudyFile(Section):
     """The whole file."""
 
@@ -151,11 +197,14 @@ class StudyFile(Section):
     minima: Annotated[list[MinimaSection], Field(min_length=1)]
     escape: list[EscapeSection] = []
     ramps: list[RampSection] = []
+    saddles: list[SaddleSection] = []
 
     @model_validator(mode="after")
     def _measures(self) -> "StudyFile":
-        if not (self.escape or self.ramps):
-            raise ValueError("the study measures nothing: write at least one [[escape]] or [[ramps]]")
+        if not (self.escape or self.ramps or self.saddles):
+            raise ValueError("the study measures nothing: write at least one [[escape]] or [[ramps]] or [[saddles]]")
+        if self.hessian.escape_direction == "saddle" and not self.saddles:
+            raise ValueError("[hessian]: escape_direction = 'saddle' needs a [[saddles]] section")
         return self
 
 
@@ -166,6 +215,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "minima": MinimaSection,
     "escape": EscapeSection,
     "ramps": RampSection,
+    "saddles": SaddleSection,
 }
 
 
@@ -206,7 +256,7 @@ def explain(slip: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
         prefix = f"[[{section}]] number {inside[0] + 1}: "
         inside = inside[1:]
     elif section:
-        double = section in ("minima", "escape", "ramps")
+        double = section in ("minima", "escape", "ramps", "saddles")
         prefix = f"[[{section}]]: " if double else f"[{section}]: "
     key = next((str(part) for part in inside if isinstance(part, str)), "")
     value = slip.get("input")

@@ -1,7 +1,8 @@
-"""One piece of a study each: a minimum to train, a condition to time, a ramp to drive; and what it is known by."""
+"""One piece of a study each: a minimum to train, a condition to time, a ramp, a saddle; and what it is known by."""
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,8 +135,99 @@ class RampSpec:
         return learning_rate_levels(low * unit, high * unit, self.levels, self.spacing)
 
 
-def describe(condition: ConditionSpec | RampSpec) -> str:
+@dataclass(frozen=True)
+class SaddleSpec:
+    """The search for the saddles around one minimum.
+
+    Attributes:
+        minimum: the minimum that is left.
+        learning_rates: η of the runs that leave it; or, if ``relative``, their temperatures T = η h*/B.
+        relative: are they temperatures?
+        batch_size: B of these runs.
+        threshold: c: a run stops when its loss exceeds c L*.
+        settings: other arguments of the search: runs, steps, descent_steps, candidates, images, path_iterations,
+            refine_iterations, gradient_norm.
+        content: everything that the search depends on.
+    """
+
+    minimum: MinimumSpec
+    learning_rates: tuple[float, ...]
+    relative: bool
+    batch_size: int
+    threshold: float
+    settings: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.content)
+
+    def learning_rates_at(self, hessian_minimum: float) -> list[float]:
+        """Return η of the runs; ``hessian_minimum`` is h* of the minimum, 1/time."""
+        unit = self.batch_size / hessian_minimum if self.relative else 1.0
+        return [float(f"{value * unit:.3g}") if self.relative else value for value in self.learning_rates]
+
+
+@dataclass(frozen=True)
+class CrossingSpec:
+    """Escape times over the lowest saddle that a search found.
+
+    Attributes:
+        saddle: the search.
+        scale: what ``value`` is: ``learning_rate`` η, ``temperature`` T = η h*/B, or ``barrier_over_temperature``
+            log(L^s/L*)/T.
+        value: see ``scale``.
+        batch_size: B.
+        start: ``quasi_stationary`` or ``minimum``.
+        along: is h* the curvature towards the saddle, rather than the largest eigenvalue?
+        settings: other arguments of the measurement: replicas, steps, check_interval, descent_steps, with_replacement,
+            burn_in.
+        content: everything that the measurement depends on.
+    """
+
+    saddle: SaddleSpec
+    scale: str
+    value: float
+    batch_size: int
+    start: str
+    along: bool
+    settings: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def minimum(self) -> MinimumSpec:
+        """The minimum that the runs start from."""
+        return self.saddle.minimum
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.content)
+
+    def learning_rate_at(self, hessian_minimum: float, ratio: float) -> float:
+        """Return η: as given, or to three digits.
+
+        Args:
+            hessian_minimum: h* of the minimum, 1/time.
+            ratio: L^s/L*.
+        """
+        if self.scale == "learning_rate":
+            return self.value
+        temperature = self.value if self.scale == "temperature" else math.log(ratio) / self.value
+        return float(f"{temperature * self.batch_size / hessian_minimum:.3g}")
+
+
+def describe(condition: "ConditionSpec | RampSpec | SaddleSpec | CrossingSpec") -> str:
     """Return a readable name, such as ``m1 η=0.05 B=8 c=2 quasi_stationary`` or ``m1 ramp B=8 c=50``."""
+    if isinstance(condition, SaddleSpec):
+        name = "T" if condition.relative else "η"
+        given = ",".join(f"{value:g}" for value in condition.learning_rates)
+        return f"{condition.minimum.label} saddles {name}={given} B={condition.batch_size} c={condition.threshold:g}"
+    if isinstance(condition, CrossingSpec):
+        name = {"learning_rate": "η", "temperature": "T", "barrier_over_temperature": "ΔU/T"}[condition.scale]
+        given = f"{name}={condition.value:g} B={condition.batch_size}"
+        return f"{condition.minimum.label} {given} saddle {condition.start}"
     if isinstance(condition, RampSpec):
         jump = f"c={condition.threshold:g}" if condition.threshold is not None else f"factor={condition.jump_factor:g}"
         unit = "·2/h*" if condition.relative else ""

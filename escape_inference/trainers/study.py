@@ -13,6 +13,7 @@ A study names data and a network, how to train the minima, and under which condi
     effective_dimension = "outliers"   # n in the table: their number; or "parameters", or "unknown"
     density_probes = 8                 # random vectors for the density of the whole spectrum (default: none)
     gauss_newton = true                # its part without the network's own curvature too (default: not)
+    escape_direction = "saddle"        # h* towards the saddle of [[saddles]]; "top" (default): the largest eigenvalue
     [[minima]]
     label = "lr{learning_rate}_b{batch_size}"
     learning_rate = [0.1, 0.02]        # a list is a grid: every combination is one minimum
@@ -33,9 +34,19 @@ A study names data and a network, how to train the minima, and under which condi
     threshold = 50.0                   # a run has jumped above 50 L*; or jump_factor, over the running loss
     runs = 8
 
-``optimizer = { name = "sgd", momentum = 0.9 }`` in any of the last three takes the place of plain SGD: a name of optax
+    [[saddles]]
+    search_temperature = [0.2, 0.4]    # η h*/B of runs that leave the minimum; or search_learning_rate
+    threshold = 4.0                    # they stop above 4 L* (or after search_steps) and go down to where they belong
+    barrier_over_temperature = [4, 6]  # log(L^s/L*)/T of the escapes timed; or learning_rate, or temperature
+    batch_size = 8
+    replicas = 32
+    steps = 20000
+    check_interval = 200               # every so many iterations descent tells which runs have crossed
+
+``optimizer = { name = "sgd", momentum = 0.9 }`` in any of the last four takes the place of plain SGD: a name of optax
 or an import path. Instead of ``learning_rate``, an ``[[escape]]`` may give ``temperature`` T: then η = T B/h* at each minimum, to three
-digits. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too). Everything random
+digits. ``[[saddles]]`` looks for the lowest saddle by which each minimum is left, and times the escapes over it, in rows
+whose ``barrier`` is ``saddle``. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too). Everything random
 is derived from what a piece of the study *is* (its values and the seed), never from where it stands in the file or when
 it runs.
 """
@@ -48,8 +59,23 @@ from pathlib import Path
 from typing import Any
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.schema import EscapeSection, MinimaSection, RampSection, StudyFile, read_file
-from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe, fingerprint
+from escape_inference.trainers.schema import (
+    EscapeSection,
+    MinimaSection,
+    RampSection,
+    SaddleSection,
+    StudyFile,
+    read_file,
+)
+from escape_inference.trainers.specs import (
+    ConditionSpec,
+    CrossingSpec,
+    MinimumSpec,
+    RampSpec,
+    SaddleSpec,
+    describe,
+    fingerprint,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,8 @@ class Study:
         minima: every minimum; labels and contents are unique.
         conditions: every condition, in the order of the file, minimum by minimum within a section; contents are unique.
         ramps: every ramp, in the same order.
+        saddles: every search for saddles, in the same order.
+        crossings: every condition under which escapes over a saddle are timed, in the same order.
     """
 
     path: Path
@@ -69,20 +97,24 @@ class Study:
     minima: list[MinimumSpec]
     conditions: list[ConditionSpec]
     ramps: list[RampSpec]
+    saddles: list[SaddleSpec]
+    crossings: list[CrossingSpec]
 
     @property
-    def measured(self) -> list[ConditionSpec | RampSpec]:
-        """Conditions and ramps."""
-        return [*self.conditions, *self.ramps]
+    def measured(self) -> list[ConditionSpec | RampSpec | SaddleSpec | CrossingSpec]:
+        """Everything but the minima, in the order in which it is measured."""
+        return [*self.conditions, *self.ramps, *self.saddles, *self.crossings]
 
     @property
     def identity(self) -> str:
         """Fingerprint of all that a campaign measures; comments, layout and title are no part of it."""
-        content = {
+        content: dict[str, Any] = {
             "minima": [[spec.label, spec.content] for spec in self.minima],
             "conditions": [spec.content for spec in self.conditions],
         }
-        return fingerprint(content | ({"ramps": [spec.content for spec in self.ramps]} if self.ramps else {}))
+        for name, specs in (("ramps", self.ramps), ("saddles", self.saddles), ("crossings", self.crossings)):
+            content |= {name: [spec.content for spec in specs]} if specs else {}  # type: ignore[attr-defined]
+        return fingerprint(content)
 
 
 def read_study(path: str | Path, *, seed: int | None = None) -> Study:
@@ -114,18 +146,21 @@ def read_study(path: str | Path, *, seed: int | None = None) -> Study:
         ramps = [spec for place, part in enumerate(file.ramps) for spec in _ramps(part, place, minima)]
         _check_unique("[[escape]]: this condition", conditions)
         _check_unique("[[ramps]]: this ramp", ramps)
+        crossings = [spec for place, part in enumerate(file.saddles) for spec in _crossings(file, part, place, minima)]
+        _check_unique("[[saddles]]: this condition", crossings)
+        saddles = list({spec.saddle.identity: spec.saddle for spec in crossings}.values())
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Study(path, file, minima, conditions, ramps)
+    return Study(path, file, minima, conditions, ramps, saddles, crossings)
 
 
-def _optimizer(section: MinimaSection | EscapeSection | RampSection) -> dict[str, Any]:
+def _optimizer(section: MinimaSection | EscapeSection | RampSection | SaddleSection) -> dict[str, Any]:
     """The optimiser among the settings; nothing for plain SGD, whose studies stay what they were."""
     chosen = section.optimizer
     return {} if chosen is None else {"optimizer": {"name": chosen.name, **chosen.options}}
 
 
-def _check_unique(what: str, specs: Sequence[ConditionSpec | RampSpec]) -> None:
+def _check_unique(what: str, specs: Sequence[ConditionSpec | RampSpec | CrossingSpec]) -> None:
     seen: set[str] = set()
     for spec in specs:
         if spec.identity in seen:
@@ -208,6 +243,39 @@ def _ramps(section: RampSection, place: int, minima: Sequence[MinimumSpec]) -> I
         for point in _grid(choices):
             content = {"minimum": minimum.content, **fixed, **point, **settings}
             yield RampSpec(minimum, **fixed, **point, settings=settings, content=content)
+
+
+SEARCH = ("descent_steps", "candidates", "images", "path_iterations", "refine_iterations", "gradient_norm")
+SCALES = ("learning_rate", "temperature", "barrier_over_temperature")
+
+
+def _crossings(
+    file: StudyFile, section: SaddleSection, place: int, minima: Sequence[MinimumSpec]
+) -> Iterator[CrossingSpec]:
+    relative = section.search_learning_rate is None
+    rates = tuple(section.search_learning_rate or section.search_temperature or [])
+    search: dict[str, Any] = {
+        "learning_rates": rates,
+        "relative": relative,
+        "batch_size": section.search_batch_size or min(section.batch_size),
+        "threshold": section.threshold,
+    }
+    sought = {"runs": section.search_runs, "steps": section.search_steps} | section.model_dump(include=set(SEARCH))
+    settings = section.model_dump(include={"replicas", "steps", "check_interval", "with_replacement", "burn_in"})
+    settings |= {"descent_steps": section.look_steps} | _optimizer(section)
+    scale = next(name for name in SCALES if getattr(section, name) is not None)
+    choices: dict[str, Sequence[Any]] = {
+        "value": getattr(section, scale),
+        "batch_size": section.batch_size,
+        "start": section.start,
+    }
+    for minimum in _chosen(section.minima, minima, f"[[saddles]] number {place + 1}"):
+        content = {"minimum": minimum.content, "search": {**search, **sought}}
+        saddle = SaddleSpec(minimum, **search, settings=sought, content=content)
+        for point in _grid(choices):
+            direction = file.hessian.escape_direction
+            own = {"saddle": content, "scale": scale, "escape_direction": direction, **point, **settings}
+            yield CrossingSpec(saddle, scale, **point, along=direction == "saddle", settings=settings, content=own)
 
 
 def _chosen(patterns: Sequence[str], minima: Sequence[MinimumSpec], where: str) -> list[MinimumSpec]:

@@ -10,8 +10,16 @@ import pandas as pd
 from escape_inference.errors import InputError
 from escape_inference.table import read_measurements
 from escape_inference.trainers.escape import EscapeRecord
+from escape_inference.trainers.exits import Exits
 from escape_inference.trainers.ramp_record import RampRecord
-from escape_inference.trainers.specs import ConditionSpec, MinimumSpec, RampSpec, describe
+from escape_inference.trainers.specs import (
+    ConditionSpec,
+    CrossingSpec,
+    MinimumSpec,
+    RampSpec,
+    SaddleSpec,
+    describe,
+)
 from escape_inference.trainers.spectra import LISTS, spectrum_table
 from escape_inference.trainers.storage import Campaign
 from escape_inference.trainers.study import Study
@@ -29,14 +37,18 @@ COLUMNS = [
     "start",
     "loss_minimum",
     "loss_barrier",
+    "loss_barrier_se",
     *COVARIATES,
+    "hessian_saddle",
+    "hessian_saddle_se",
 ]
+SpecOfPart = MinimumSpec | ConditionSpec | RampSpec | SaddleSpec | CrossingSpec
 NEGLIGIBLE = 1e-3
 """A relative standard error of h* below this is left out of the table (it is in ``minima.csv``)."""
 
 
-def part_name(kind: str, spec: MinimumSpec | ConditionSpec | RampSpec) -> str:
-    """Return the name of the part that holds a minimum, a condition or a ramp."""
+def part_name(kind: str, spec: SpecOfPart) -> str:
+    """Return the name of the part that holds a minimum, a condition, a ramp, a search or escapes over its saddle."""
     return f"{kind}-{spec.identity[:16]}"
 
 
@@ -98,8 +110,35 @@ def ramp_summary(measured: RampRecord) -> dict[str, Any]:
     }
 
 
+def saddle_summary(found: Exits, learning_rates: list[float], loss_minimum: float) -> dict[str, Any]:
+    """Return the record of a search: what each way out is, and which of them is timed (None: none, ``note`` says why).
+
+    The lowest usable saddle above the loss of the minimum is timed.
+    """
+    high = [place for place, one in enumerate(found.exits) if one.usable and one.saddle.loss_barrier > loss_minimum]
+    note = ""
+    if not found.exits:
+        note = (
+            f"{found.returned} of {found.runs} runs came back to the minimum and none reached another: "
+            "raise search_learning_rate, search_steps or threshold"
+        )
+    elif not any(one.usable for one in found.exits):
+        note = "no saddle converged between the minimum and one reached"
+    elif not high:
+        note = "every saddle found is below the loss of the minimum, which is not at its lowest: use polish_steps"
+    return {
+        "status": "found" if high else "none",
+        "search_learning_rates": learning_rates,
+        "searched": found.runs,
+        "returned": found.returned,
+        "chosen": high[0] if high else None,
+        "note": note,
+        "exits": [one.numbers for one in found.exits],
+    }
+
+
 def write_tables(campaign: Campaign, plan: Study) -> Path:
-    """Write ``minima.csv``, ``spectra.csv``, ``conditions.csv``, ``trends.csv``, those of the ramps and, last, ``measurements.parquet``.
+    """Write ``minima.csv``, ``spectra.csv``, ``conditions.csv``, ``trends.csv``, those of ramps and saddles and, last, ``measurements.parquet``.
 
     Returns:
         Path of ``measurements.parquet``.
@@ -118,9 +157,13 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
         values = {key: record.pop(key, []) for key in LISTS}
         record |= {f"eigenvalue_{place + 1}": value for place, value in enumerate(values["eigenvalues"])}
         minima.append({"minimum": minimum.label, **minimum.settings, "seed": minimum.content["seed"], **record})
-    for condition in plan.conditions:
+    if plan.file.hessian.escape_direction == "saddle":
+        _turn_to_saddles(campaign, plan, known)
+    timed: list[ConditionSpec | CrossingSpec] = [*plan.conditions, *plan.crossings]
+    for condition in timed:
         name = condition.minimum.label
-        folder = campaign.finished(part_name("condition", condition))
+        kind = "crossing" if isinstance(condition, CrossingSpec) else "condition"
+        folder = campaign.finished(part_name(kind, condition))
         record = {"status": "minimum failed"} if folder is None else read_record(folder)
         record.pop("seconds", None)
         conditions.append(_condition_row(condition, known[name], record))
@@ -129,6 +172,7 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
             trends.append(pd.read_csv(folder / "trend.csv").assign(**label))
             rows.append(_rows(folder, name, known))
     rows += _write_ramps(campaign, plan, known)
+    _write_saddles(campaign, plan, known)
     _write_csv(campaign, "minima.csv", pd.DataFrame(minima))
     if spectra:
         _write_csv(campaign, "spectra.csv", pd.concat(spectra, ignore_index=True))
@@ -139,6 +183,24 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
     if not rows:
         raise InputError(f"{campaign.output}: nothing gave a usable run; minima.csv and conditions.csv say why")
     return _write_measurements(campaign, pd.concat(rows, ignore_index=True))
+
+
+def _turn_to_saddles(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any]]) -> None:
+    """Make h* of every minimum with a timed saddle the curvature towards that saddle (the lowest, if there are several)."""
+    lowest: dict[str, dict[str, Any]] = {}
+    for spec in plan.saddles:
+        folder, name = campaign.finished(part_name("saddle", spec)), spec.minimum.label
+        record = {} if folder is None else read_record(folder)
+        if record.get("chosen") is not None:
+            exit_ = record["exits"][record["chosen"]]
+            if name not in lowest or exit_["loss_barrier"] < lowest[name]["loss_barrier"]:
+                lowest[name] = exit_
+    for name, exit_ in lowest.items():
+        known[name] |= {
+            "hessian_top": known[name]["hessian_minimum"],
+            "hessian_minimum": exit_["hessian_along"],
+            "hessian_minimum_se": 0.0,
+        }
 
 
 def _rows(folder: Path, minimum: str, known: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -166,7 +228,7 @@ def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any
             | {"batch_size": spec.batch_size, "threshold": spec.threshold, "jump_factor": spec.jump_factor}
             | {"levels": spec.levels, "spacing": spec.spacing, "steps_per_level": spec.settings["steps_per_level"]}
             | covariates
-            | {"gradient_descent_limit": 2 / covariates["hessian_minimum"]}
+            | {"gradient_descent_limit": 2 / known[name].get("hessian_top", covariates["hessian_minimum"])}
             | record
         )
         if folder is not None:
@@ -182,14 +244,44 @@ def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any
     return rows
 
 
+def _write_saddles(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any]]) -> None:
+    """Write ``saddles.csv``, if any were looked for: a row for each way out, or one that says why there is none."""
+    rows: list[dict[str, Any]] = []
+    for spec in plan.saddles:
+        name, folder = spec.minimum.label, campaign.finished(part_name("saddle", spec))
+        record: dict[str, Any] = {"status": "minimum failed"} if folder is None else read_record(folder)
+        exits: list[dict[str, Any]] = record.pop("exits", [])
+        chosen = record.pop("chosen", None)
+        covariates = _known(known[name], ["loss_minimum", *COVARIATES])
+        label = {"saddle": describe(spec), "minimum": name, **covariates}
+        record["search_learning_rates"] = " ".join(f"{rate:g}" for rate in record.get("search_learning_rates", []))
+        for place, one in enumerate(exits):
+            own = {key: value for key, value in one.items() if key != "lowest"}
+            own |= {f"lowest_{rank + 1}": value for rank, value in enumerate(one["lowest"])}
+            ratio = own["loss_barrier"] / covariates["loss_minimum"]
+            rows.append(label | record | {"timed": place == chosen, "barrier_ratio": ratio} | own)
+        if not exits:
+            rows.append(label | record | {"timed": False})
+    if rows:
+        _write_csv(campaign, "saddles.csv", pd.DataFrame(rows))
+
+
 def _write_csv(campaign: Campaign, name: str, frame: pd.DataFrame) -> None:
     campaign.write_table(name, lambda path: frame.to_csv(path, index=False))
 
 
-def _condition_row(condition: ConditionSpec, known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+def _condition_row(
+    condition: ConditionSpec | CrossingSpec, known: dict[str, Any], record: dict[str, Any]
+) -> dict[str, Any]:
     """Return one row of ``conditions.csv``."""
     minimum_loss, curvature = known.get("loss_minimum"), known.get("hessian_minimum")
-    learning_rate = record.get("learning_rate", condition.learning_rate)
+    threshold: float | None = None
+    if isinstance(condition, CrossingSpec):
+        given = condition.value if condition.scale == "learning_rate" else None
+    else:
+        given, threshold = condition.learning_rate, condition.threshold
+    learning_rate = record.get("learning_rate", given)
+    barrier = None if minimum_loss is None or threshold is None else threshold * minimum_loss
     temperature = None
     if learning_rate is not None and curvature is not None:
         temperature = learning_rate * curvature / condition.batch_size
@@ -198,14 +290,15 @@ def _condition_row(condition: ConditionSpec, known: dict[str, Any], record: dict
         "minimum": condition.minimum.label,
         "learning_rate": learning_rate,
         "batch_size": condition.batch_size,
-        "threshold": condition.threshold,
+        "barrier": "saddle" if threshold is None else "threshold",
+        "threshold": threshold,
         "start": condition.start,
         "check_interval": condition.settings["check_interval"],
         "loss_minimum": minimum_loss,
-        "loss_barrier": None if minimum_loss is None else condition.threshold * minimum_loss,
+        "loss_barrier": record.get("loss_barrier", barrier),
         "hessian_minimum": curvature,
         "temperature": temperature,
-        **{key: value for key, value in record.items() if key != "learning_rate"},
+        **{key: value for key, value in record.items() if key not in ("learning_rate", "loss_barrier")},
     }
 
 
