@@ -16,15 +16,20 @@ _HOME = {
     "EscapeCheck": "escape_check",
     "InputError": "errors",
     "Law": "law",
+    "LawReport": "law_check",
     "Parameter": "law",
     "Setting": "law",
+    "World": "worlds",
     "aggregate": "conditions",
     "built_in_laws": "law",
     "check_escape": "escape_check",
+    "check_law": "law_check",
     "compare": "comparison",
     "infer": "inference",
     "kramers_log_prefactor": "law",
     "load_law": "law",
+    "make_design": "worlds",
+    "make_ramps": "design",
     "prepare": "inference",
     "read_measurements": "table",
     "simulate": "simulation",
@@ -37,6 +42,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from escape_inference.comparison import Comparison, compare
     from escape_inference.conditions import Conditions, aggregate
+    from escape_inference.design import make_ramps
     from escape_inference.errors import InputError
     from escape_inference.escape_check import EscapeCheck, check_escape
     from escape_inference.inference import infer, prepare
@@ -49,10 +55,12 @@ if TYPE_CHECKING:
         load_law,
         threshold_log_rate,
     )
+    from escape_inference.law_check import LawReport, check_law
     from escape_inference.report import write_report
     from escape_inference.sde import simulate_sde
     from escape_inference.simulation import simulate
     from escape_inference.table import read_measurements
+    from escape_inference.worlds import World, make_design
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from escape_inference import cli_simulate
 from escape_inference.errors import InputError
 
 app = typer.Typer(
@@ -161,6 +162,10 @@ def report(
         say("drawing")
         path = write_report(folder)
     print(f"Report: {path}")
+
+
+app.command()(cli_simulate.simulate)
+app.command()(cli_simulate.check_law)
 
 
 def _keep_compiled_programs() -> None:

@@ -4,9 +4,12 @@ What a real measurement adds to the law (a delay while the well fills, overshoot
 is not in such a table; :func:`escape_inference.simulate_sde` steps the equation of motion and has all of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -58,7 +61,7 @@ def simulate(
     """
     law, barrier = load_law(law), barrier_of(design)
     design = complete_design(design, barrier)
-    values, scatter = _split(law, barrier, parameters, "effective_dimension" in design)
+    values, scatter = check_parameters(law, barrier, parameters, "effective_dimension" in design)
     log_rate = law_log_rate(law, design, values, barrier) + values["log_prefactor"]
     if not np.isfinite(log_rate).all():
         row = int(np.flatnonzero(~np.isfinite(log_rate))[0])
@@ -84,39 +87,69 @@ def barrier_of(design: pd.DataFrame) -> str:
     return str(kinds.pop())
 
 
-@float64
 def law_log_rate(
     law: Law, design: pd.DataFrame, values: Mapping[str, float], barrier: str
 ) -> Float[np.ndarray, " condition"]:
     """Natural log of the law's rate κ per unit time for each row of a design, without the log prefactor.
 
-    >>> design = pd.DataFrame({"learning_rate": [0.1], "batch_size": [1], "check_interval": [1], "loss_minimum": [1.0],
-    ...     "loss_barrier": [2.0], "hessian_minimum": [1.0], "hessian_saddle": [1.0], "start": ["minimum"]})
+    >>> design = pd.DataFrame({"learning_rate": [0.1], "batch_size": [1], "loss_minimum": [1.0], "loss_barrier": [2.0],
+    ...     "hessian_minimum": [1.0], "hessian_saddle": [1.0]})
     >>> from escape_inference.law import load_law
     >>> rate = law_log_rate(load_law("power_law"), design, {"temperature_scale": 1.0, "effective_dimension": 2.0}, "saddle")
     >>> round(float(np.exp(rate[0])) * 2 * np.pi * 2**10, 9)  # κ = c^-10 / 2π
     1.0
     """
+    return _by_start(law.log_rate, design, values, barrier)
+
+
+def law_temperature(
+    law: Law, design: pd.DataFrame, values: Mapping[str, float], barrier: str
+) -> Float[np.ndarray, " condition"]:
+    """The law's dimensionless temperature for each row of a design."""
+    return _by_start(law.temperature, design, values, barrier)
+
+
+@float64
+def _by_start(
+    formula: Callable[[Any, Setting], Any], design: pd.DataFrame, values: Mapping[str, float], barrier: str
+) -> np.ndarray:
     result = np.zeros(len(design))
     starts = design["start"].to_numpy() if "start" in design else np.full(len(design), "minimum")
     for start in dict.fromkeys(starts):
         rows = starts == start
-        part = design[rows]
-        names = ("learning_rate", "batch_size", "check_interval", "loss_minimum", "hessian_minimum", "hessian_saddle")
-        column = {name: jnp.asarray(part[name].to_numpy(float)) for name in names if name in part}
-        column.setdefault("check_interval", jnp.ones(len(part)))
-        column.setdefault("hessian_saddle", column["hessian_minimum"])
-        setting = Setting(
-            **column,
-            log_barrier=jnp.asarray(np.log(part["loss_barrier"] / part["loss_minimum"]).to_numpy(float)),
-            barrier=barrier,  # type: ignore[arg-type]
-            start=start,
-        )
+        part = design.loc[rows]
         here = {name: jnp.asarray(float(value)) for name, value in values.items()}
         if "effective_dimension" in part:
             here["effective_dimension"] = jnp.asarray(part["effective_dimension"].to_numpy(float))
-        result[rows] = np.broadcast_to(np.asarray(law.log_rate(here, setting), float), rows.sum())
+        result[rows] = np.broadcast_to(
+            np.asarray(_jitted(formula)(here, setting_of(part, barrier, start)), float), rows.sum()
+        )
     return result
+
+
+@lru_cache(maxsize=32)
+def _jitted(formula: Callable[[Any, Setting], Any]) -> Callable[[Any, Setting], Any]:
+    """Passage laws are loops that would run operation by operation."""
+    return jax.jit(formula, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def setting_of(frame: pd.DataFrame, barrier: str, start: str) -> Setting:
+    """Conditions with known settings as a law sees them.
+
+    >>> from escape_inference.worlds import World, make_design
+    >>> setting_of(make_design(World()), "saddle", "minimum").learning_rate.shape
+    (36,)
+    """
+    names = ("learning_rate", "batch_size", "check_interval", "loss_minimum", "hessian_minimum", "hessian_saddle")
+    column = {name: jnp.asarray(frame[name].to_numpy(float)) for name in names if name in frame}
+    column.setdefault("check_interval", jnp.ones(len(frame)))
+    column.setdefault("hessian_saddle", column["hessian_minimum"])
+    return Setting(
+        **column,
+        log_barrier=jnp.asarray(np.log((frame["loss_barrier"] / frame["loss_minimum"]).to_numpy(float))),
+        barrier=barrier,  # type: ignore[arg-type]
+        start=start,  # type: ignore[arg-type]
+    )
 
 
 def default_parameters(law: Law, design: pd.DataFrame) -> dict[str, float]:
@@ -130,8 +163,8 @@ def default_parameters(law: Law, design: pd.DataFrame) -> dict[str, float]:
     return {p.name: p.median_for(design) if p.theory is None else float(p.theory) for p in parameters}
 
 
-def _split(
-    law: Law, barrier: str, parameters: Mapping[str, float], dimension_measured: bool
+def check_parameters(
+    law: Law, barrier: str, parameters: Mapping[str, float], dimension_measured: bool = False
 ) -> tuple[dict[str, float], float]:
     """The law's parameters with the log prefactor, and the discrepancy; or one message on what is wrong with them."""
     if barrier not in law.barriers:

@@ -16,6 +16,10 @@ from escape_inference.errors import InputError
 COMMITTED = 1.5  # a run over a saddle has escaped at 1.5 times the distance of the saddle
 NOISES = ("loss", "uniform")
 BARRIERS = ("saddle", "threshold")
+RATES = {
+    "saddle": (0.0007, 0.03),
+    "threshold": (0.003, 0.15),
+}  # over h*: seldom enough to be escape, often enough to be seen
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,42 @@ def high_barrier_rate(
     return prefactor * np.exp(-potential / temperature)
 
 
+def spread_minima(rng: np.random.Generator, barrier: str, minima: int) -> pd.DataFrame:
+    """Minima that differ in everything: one row each, with the settings of a minimum and its barrier.
+
+    h* spreads over a factor of 10, L* over a factor of 100, independently; log(L^s / L*) from 0.2 to 1.5 over a saddle,
+    L^s / L* from 1.2 to 2.5 for a threshold, h^s / h* from 0.5 to 2. A single minimum is in the middle of all.
+
+    >>> spread_minima(np.random.default_rng(0), "threshold", 1).round(4)["loss_barrier"].tolist()
+    [0.031]
+    """
+
+    def spread(lowest: float, highest: float) -> np.ndarray:
+        return rng.permutation(np.geomspace(lowest, highest, minima) if minima > 1 else [np.sqrt(lowest * highest)])
+
+    saddle = barrier == "saddle"
+    hessian, loss = spread(0.5, 5.0), spread(0.002, 0.2)
+    ratio = np.exp(spread(0.2, 1.5)) if saddle else 1 + spread(0.2, 1.5)
+    rows = pd.DataFrame(
+        {
+            "minimum": [f"m{i + 1}" for i in range(minima)],
+            "loss_minimum": loss,
+            "loss_barrier": ratio * loss,
+            "hessian_minimum": hessian,
+        }
+    )
+    return rows.assign(hessian_saddle=spread(0.5, 2.0) * hessian) if saddle else rows
+
+
+def rate_targets(
+    rng: np.random.Generator, barrier: str, minima: int, learning_rates: int, rates: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Rates over h* to aim at, ``[minimum, learning rate]``: one at random in each equal part of a range in logarithm."""
+    low, high = rates or RATES[barrier]
+    place = (np.arange(learning_rates) + rng.random((minima, learning_rates))) / learning_rates
+    return low * (high / low) ** place
+
+
 def make_design(
     world: World,
     *,
@@ -114,9 +154,7 @@ def make_design(
 ) -> pd.DataFrame:
     """Conditions under which escapes are frequent enough to be seen: one row for each minimum and learning rate.
 
-    h* spreads over a factor of 10, L* over a factor of 100, independently, so that a law with the wrong scale of noise
-    cannot fit; log(L^s / L*) spreads from 0.2 to 1.5 over a saddle, L^s / L* from 1.2 to 2.5 for a threshold, h^s / h*
-    from 0.5 to 2. The learning rates of a minimum are those at which :func:`high_barrier_rate` takes values within
+    The minima are those of :func:`spread_minima`, so that a law with the wrong scale of noise cannot fit. The learning rates of a minimum are those at which :func:`high_barrier_rate` takes values within
     ``rates``, one at random in each equal part of that range in logarithm; its batch size keeps eta h* near 0.1 where
     that is possible.
     ``minima=1`` is one minimum at several learning rates, which cannot tell one law from another.
@@ -134,7 +172,7 @@ def make_design(
         seed: of the spread.
 
     Returns:
-        A design for :func:`escape_inference.sde.simulate_sde`.
+        A design, see :mod:`escape_inference.design`.
 
     >>> design = make_design(World(), seed=1)
     >>> len(design), design.minimum.nunique(), bool((design.loss_minimum.max() / design.loss_minimum.min()) > 99)
@@ -142,16 +180,11 @@ def make_design(
     """
     rng = np.random.default_rng(seed)
     saddle = world.barrier == "saddle"
-    low, high = rates or ((0.0007, 0.03) if saddle else (0.003, 0.15))
-
-    def spread(lowest: float, highest: float) -> np.ndarray:
-        return rng.permutation(np.geomspace(lowest, highest, minima) if minima > 1 else [np.sqrt(lowest * highest)])
-
-    hessian, loss = spread(0.5, 5.0), spread(0.002, 0.2)
-    ratio = np.exp(spread(0.2, 1.5)) if saddle else 1 + spread(0.2, 1.5)
-    hessian_ratio = spread(0.5, 2.0) if saddle else np.ones(minima)
-    place = (np.arange(learning_rates) + rng.random((minima, learning_rates))) / learning_rates
-    targets = low * (high / low) ** place
+    rows = spread_minima(rng, world.barrier, minima)
+    hessian, loss = rows["hessian_minimum"].to_numpy(), rows["loss_minimum"].to_numpy()
+    ratio = (rows["loss_barrier"] / rows["loss_minimum"]).to_numpy()
+    hessian_ratio = (rows["hessian_saddle"] / hessian).to_numpy() if saddle else np.ones(minima)
+    targets = rate_targets(rng, world.barrier, minima, learning_rates, rates)
     cold = np.full(targets.shape, 1e-3)
     hot = np.broadcast_to(2 * np.log(ratio)[:, None] / max(world.dimension, 2), targets.shape).copy()
     for _ in range(60):
@@ -167,20 +200,12 @@ def make_design(
         seen = 1 + (np.sqrt(seen - 1) + 0.5826 * np.sqrt(look * cold * seen**world.noise_exponent)) ** 2
     kappa = hessian[:, None] * high_barrier_rate(world, cold, seen, hessian_ratio[:, None])
     time = (3.0 if start == "minimum" else 1.0) / kappa
-    every = np.repeat(np.arange(minima), learning_rates)
-    design = pd.DataFrame(
-        {
-            "minimum": [f"m{i + 1}" for i in every],
-            "learning_rate": rate.ravel(),
-            "batch_size": batch[every],
-            "loss_minimum": loss[every],
-            "loss_barrier": (ratio * loss)[every],
-            "hessian_minimum": hessian[every],
-            "hessian_saddle": (hessian_ratio * hessian)[every],
-            "runs": runs,
-            "max_steps": np.maximum(np.ceil(time / rate).astype(int).ravel(), check_interval),
-            "start": start,
-            "check_interval": check_interval,
-        }
+    every = rows.loc[np.repeat(np.arange(minima), learning_rates)].reset_index(drop=True)
+    return every.assign(
+        learning_rate=rate.ravel(),
+        batch_size=np.repeat(batch, learning_rates),
+        runs=runs,
+        max_steps=np.maximum(np.ceil(time / rate).astype(int).ravel(), check_interval),
+        start=start,
+        check_interval=check_interval,
     )
-    return design if saddle else design.drop(columns="hessian_saddle")
