@@ -164,10 +164,33 @@ def test_the_perceptron_is_the_one_of_equinox(own: Dataset) -> None:
     assert jnp.allclose(network.apply(params, jnp.asarray(own.inputs[:1])), hidden, rtol=1e-5)
 
 
+def test_the_convolutions_are_those_of_equinox() -> None:
+    images = np.random.default_rng(0).normal(size=(3, 11, 9, 2))
+    network = load_network("convolutional", check_data("images", images, np.ones(3)), {"kernel": 3, "channels": [4, 5]})
+    params = network.init(jax.random.key(2))
+    hidden = jnp.moveaxis(jnp.asarray(images[1], jnp.float32), -1, 0)
+    for layer in params.convolutions:
+        depth = hidden.shape[0]
+        same = eqx.nn.Conv2d(depth, len(layer.weight), 3, stride=2, key=jax.random.key(0))
+        weight = jnp.moveaxis(layer.weight.reshape(-1, 3, 3, depth), -1, 1)
+        same = eqx.tree_at(lambda conv: (conv.weight, conv.bias), same, (weight, layer.bias[:, None, None]))
+        hidden = jax.nn.relu(same(hidden))
+    hidden = jnp.moveaxis(hidden, 0, -1).reshape(-1)
+    for place, layer in enumerate(params.layers):
+        hidden = layer(hidden) if place == 1 else jax.nn.relu(layer(hidden))
+    assert jnp.allclose(network.apply(params, jnp.asarray(images, jnp.float32))[1:2], hidden, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("perceptron", {}, "unknown name 'perceptron'; use multilayer_perceptron, linear, convolutional or an import path"),
+        ("convolutional", {}, r"inputs of shape \(2,\) are no images that 2 kernels of 5 fit"),
+        ("convolutional", {"channels": []}, r"channels \(at least one\), widths, kernel and stride must be"),
+        (
+            "perceptron",
+            {},
+            "unknown name 'perceptron'; use multilayer_perceptron, linear, convolutional or an import path",
+        ),
         ("linear", {"widths": [3]}, "unknown option widths; allowed: bias"),
         ("multilayer_perceptron", {"widths": [0]}, "whole numbers >= 1"),
         ("multilayer_perceptron", {"widths": 3}, "widths = 3"),

@@ -17,6 +17,7 @@ from escape_inference.trainers import (
     noise_strength,
     top_hessian,
 )
+from escape_inference.trainers.decoupling import sample_kernel
 from escape_inference.trainers.noise import log_log_slope
 
 
@@ -135,6 +136,33 @@ def test_the_covariance_along_eigenvectors_is_that_of_the_sample_gradients() -> 
     assert found.table["predicted"].to_numpy() == pytest.approx(2 * level * spectrum.eigenvalues, rel=1e-4)
 
 
+def test_the_errors_of_the_covariance_are_those_of_drawing_the_samples_again() -> None:
+    apply, params, inputs, targets = network()
+    spectrum = top_hessian(apply, params, inputs, targets, k=3)
+    at = apply, params, inputs, targets, spectrum.eigenvalues, spectrum.eigenvectors
+    found = noise_covariance(*at)
+    flat, unravel = ravel_pytree(params)
+
+    def losses(vector: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum((apply(unravel(vector), inputs) - targets) ** 2, axis=1)
+
+    def curvature(vector: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: jax.jvp(losses, (x,), (vector,))[1], (flat,), (vector,))[1]
+
+    curvatures = np.stack([np.asarray(curvature(jnp.asarray(v)), float) for v in spectrum.eigenvectors])
+    slopes = spectrum.eigenvectors @ sample_gradients().T
+    values, rng, drawn = np.asarray(losses(flat), float), np.random.default_rng(3), []
+    for _ in range(1500):
+        chosen = rng.integers(0, 150, 150)
+        matrix = np.cov(slopes[:, chosen], bias=True)
+        predicted = 2 * values[chosen].mean() * curvatures[:, chosen].mean(1)
+        cosine = np.diag(matrix) @ predicted / np.linalg.norm(matrix) / np.linalg.norm(predicted)
+        drawn.append([*(np.diag(matrix) / predicted), cosine])
+    spread = np.std(drawn, axis=0)
+    assert found.table["ratio_se"].to_numpy() == pytest.approx(spread[:3], rel=0.2)
+    assert found.alignment_se == pytest.approx(spread[3], rel=0.15)
+
+
 def test_equal_losses_decouple_exactly() -> None:
     inputs = np.random.default_rng(3).normal(size=(40, 6)) * np.sqrt(np.arange(1, 7))
     targets = np.where(np.arange(40) % 3 == 0, 1.3, -1.3)
@@ -168,6 +196,28 @@ def test_both_sides_of_a_network_with_two_outputs_are_those_of_the_dense_matrice
     level = noise_strength(apply, params, inputs, targets).loss
     assert check.decoupled[:5] == pytest.approx(level * gauss_newton, rel=1e-3)
     assert decoupling_check(apply, params, inputs, targets, samples=60).samples == 60
+
+
+def test_one_kernel_serves_every_choice_of_samples() -> None:
+    apply, params, inputs, targets = network()
+    whole = sample_kernel(apply, params, np.tile(inputs, (3, 1)), np.tile(targets, (3, 1)))
+    chosen = np.random.default_rng(2).choice(150, 40, replace=False)
+    part, alone = whole.check(chosen + 300), decoupling_check(apply, params, inputs[chosen], targets[chosen])
+    assert part.coupled == pytest.approx(alone.coupled, rel=1e-6, abs=1e-9)
+    assert part.decoupled == pytest.approx(alone.decoupled, rel=1e-6, abs=1e-9)
+    assert part.matrix_distance == pytest.approx(alone.matrix_distance, rel=1e-4)
+
+
+def test_exchanged_errors_are_not_tied_to_the_gradients() -> None:
+    """Gradients whose length goes with the loss: the tie adds a factor, and an exchange in random order removes it."""
+    rng = np.random.default_rng(6)
+    length = np.exp(0.5 * rng.normal(size=(400, 1)))
+    inputs = length * rng.normal(size=(400, 4))
+    found = sample_kernel(linear, jnp.zeros(4), inputs, length[:, 0] * rng.choice([-1, 1], 400))
+    tied, free = found.check(), found.check(exchanged=rng.permutation(400))
+    assert tied.coupled.sum() / tied.decoupled.sum() == pytest.approx(np.exp(4 * 0.25), rel=0.35)
+    assert free.coupled.sum() / free.decoupled.sum() == pytest.approx(1, abs=0.2)
+    assert free.log_distance < 0.3 * tied.log_distance
 
 
 @pytest.mark.parametrize(

@@ -142,4 +142,4 @@ def patches(images: Float[Array, "batch h w c"], kernel: int, stride: int) -> Fl
 def _places(side: int, kernel: int, stride: int) -> Float[np.ndarray, "i kernel side"]:
     """1 where a pixel of a side is at this place of a patch."""
     first = stride * np.arange(convolved(side, 1, kernel, stride))
-    return np.float32(first[:, None, None] + np.arange(kernel)[:, None] == np.arange(side))
+    return (first[:, None, None] + np.arange(kernel)[:, None] == np.arange(side)).astype(np.float32)

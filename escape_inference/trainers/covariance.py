@@ -19,6 +19,9 @@ from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
 from escape_inference.trainers.minimum import Minimum
 from escape_inference.trainers.sgd import Recipe
 
+RESAMPLES = 400
+"""Of the samples, for the error of the alignment."""
+
 
 @dataclass(frozen=True)
 class NoiseCovariance:
@@ -26,16 +29,20 @@ class NoiseCovariance:
 
     Attributes:
         table: a row for each direction: ``rank``, ``eigenvalue`` (1/time), ``variance`` (``B v^T Sigma v``),
-            ``predicted`` (``2 L lambda``), ``ratio`` of the two, which is 1 in the theory, and ``ratio_se`` from the
-            scatter over samples.
+            ``predicted`` (``2 L lambda``), ``ratio`` of the two, which is 1 in the theory, and ``ratio_se``.
         matrix: B times the covariance of the gradient's components along the directions.
         alignment: cosine between that matrix and the predicted diagonal one, as vectors of their elements; 1 if they
             are proportional.
+        alignment_se: its standard error.
+
+    For the samples at hand everything is exact. The errors are those of having these samples rather than others, at the
+    same point and along the same directions: noise, loss and curvature all vary with them, and partly cancel.
     """
 
     table: pd.DataFrame
     matrix: Float[np.ndarray, "k k"]
     alignment: float
+    alignment_se: float
 
 
 def noise_covariance(
@@ -81,39 +88,72 @@ def noise_covariance(
             f"eigenvectors: must have shape {(len(values), len(problem.mask))} (eigenvalues, parameters), "
             f"got {vectors.shape}."
         )
-    slopes_of, level = _compiled_slopes(problem.recipe), jax.jit(problem.recipe.mean_loss)
-    slopes = np.asarray(
-        slopes_of(problem.params, jnp.asarray(vectors, jnp.float32), problem.inputs, problem.targets), float
+    found = _compiled_derivatives(problem.recipe)(
+        problem.params, jnp.asarray(vectors, jnp.float32), problem.inputs, problem.targets
     )
-    loss_here = float(level(problem.params, problem.inputs, problem.targets))
+    sample_losses_here, slopes, curvatures = (np.asarray(part, float) for part in found)
+    loss_here = float(sample_losses_here.mean())
     centred = slopes - slopes.mean(1, keepdims=True)
     samples = slopes.shape[1]
     matrix = centred @ centred.T / samples
     predicted = 2 * loss_here * values
-    error = (centred**2).std(1, ddof=1) / np.sqrt(samples) if samples > 1 else np.full(len(values), np.nan)
+    ratio = np.diag(matrix) / predicted
+    influence = centred**2 / predicted[:, None] - ratio[:, None] * (
+        sample_losses_here / loss_here + curvatures / values[:, None]
+    )
     table = pd.DataFrame(
         {
             "rank": np.arange(1, len(values) + 1),
             "eigenvalue": values,
             "variance": np.diag(matrix),
             "predicted": predicted,
-            "ratio": np.diag(matrix) / predicted,
-            "ratio_se": error / np.abs(predicted),
+            "ratio": ratio,
+            "ratio_se": _standard_error(influence),
         }
     )
-    alignment = float(np.diag(matrix) @ predicted / (np.linalg.norm(matrix) * np.linalg.norm(predicted)))
-    return NoiseCovariance(table, matrix, alignment)
+    return NoiseCovariance(table, matrix, _alignment(matrix, predicted), _alignment_error(slopes, curvatures))
+
+
+def _alignment(matrix: Float[np.ndarray, "k k"], predicted: Float[np.ndarray, " k"]) -> float:
+    length = np.linalg.norm(matrix) * np.linalg.norm(predicted)
+    return float(np.diag(matrix) @ predicted / length) if length > 0 else float("nan")
+
+
+def _alignment_error(slopes: Float[np.ndarray, "k n"], curvatures: Float[np.ndarray, "k n"]) -> float:
+    """By drawing the samples again (the alignment is stationary where it is 1, so a derivative would not do)."""
+    samples, rng = slopes.shape[1], np.random.default_rng(0)
+    drawn = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        weights = rng.multinomial(samples, np.full(samples, 1 / samples)) / samples
+        centred = slopes - (slopes @ weights)[:, None]
+        drawn[number] = _alignment((weights * centred) @ centred.T, curvatures @ weights)
+    return float(np.nanstd(drawn, ddof=1)) if samples > 1 else float("nan")
+
+
+def _standard_error(influence: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " k"]:
+    samples = influence.shape[1]
+    if samples < 2:
+        return np.full(len(influence), np.nan)
+    return influence.std(1, ddof=1) / np.sqrt(samples)
 
 
 @lru_cache(maxsize=32)
-def _compiled_slopes(recipe: Recipe) -> Callable:
-    def slopes(params: PyTree, vectors: Array, inputs: Array, targets: Array) -> Array:
+def _compiled_derivatives(recipe: Recipe) -> Callable:
+    def derivatives(params: PyTree, vectors: Array, inputs: Array, targets: Array) -> tuple[Array, Array, Array]:
+        """The loss of every sample, and its first and second derivative along each vector."""
         unravel = ravel_pytree(params)[1]
 
         def losses(params: PyTree) -> Array:
             return sample_losses(recipe.apply, recipe.loss, params, inputs, targets)
 
-        tangent = jax.linearize(losses, params)[1]
-        return jax.lax.map(lambda vector: tangent(unravel(vector)), vectors)
+        def along(vector: Array) -> tuple[Array, Array]:
+            direction = (unravel(vector),)
 
-    return jax.jit(slopes)
+            def slopes(params: PyTree) -> Array:
+                return jax.jvp(losses, (params,), direction)[1]
+
+            return jax.jvp(slopes, (params,), direction)
+
+        return losses(params), *jax.lax.map(along, vectors)
+
+    return jax.jit(derivatives)

@@ -20,7 +20,7 @@ from escape_inference.trainers.sgd import Recipe
 
 SMALLEST = 1e-5
 """Eigenvalues below this fraction of the largest are left out of the distance, which is about those that are held well."""
-BLOCK = 250
+BLOCK = 500
 """Samples whose Jacobians are in memory together, twice."""
 
 

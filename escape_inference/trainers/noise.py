@@ -53,6 +53,7 @@ class NoiseTrace:
         slope: of log N against log L over the late snapshots; 1 if the noise is proportional to the loss.
         slope_lower, slope_upper: its 95 % interval (moving-block bootstrap).
         late_from: the first iteration that counts as late.
+        params: where the training ended.
     """
 
     table: pd.DataFrame
@@ -60,6 +61,7 @@ class NoiseTrace:
     slope_lower: float
     slope_upper: float
     late_from: int
+    params: PyTree
 
 
 def noise_strength(
@@ -175,7 +177,7 @@ def noise_along_training(
     table = pd.DataFrame(rows, columns=["step", "epoch", "loss", "noise_strength", "gradient_square"])
     late = table[table["step"] > late_from]
     slope = log_log_slope(late["loss"].to_numpy(), late["noise_strength"].to_numpy(), seed=seed)
-    return NoiseTrace(table, *slope, late_from)
+    return NoiseTrace(table, *slope, late_from, state[0])
 
 
 def log_log_slope(
