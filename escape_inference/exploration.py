@@ -24,6 +24,7 @@ from escape_inference.model import (
     known_settings,
     sample_prior,
 )
+from escape_inference.passage_table import tables_for
 from escape_inference.sampler import Shapes
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome
@@ -95,12 +96,14 @@ def explore(
 
     ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
     """
+    tabulated = _can_be_tabulated(law, inputs, shapes)
+    if not tabulated:
+        inputs = _with_passage_tables(law, inputs)
     itself = _itself(law, inputs, shapes)
     dim = len(itself.used)
     nothing = Evidence(float("nan"), float("nan"), "none")
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
-    tabulated = _can_be_tabulated(law, inputs, shapes)
     _tempered(_blank(problem, "wide") if tabulated else itself, observed, seed, size, only_compile=True)
     if announce is not None:
         announce(_blank(problem, "near") if tabulated else itself, observed)
@@ -151,6 +154,13 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
         return problem
     slots = _slots(table, problem.law, target.offset, target.scale)
     return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
+
+
+def _with_passage_tables(law: Law, inputs: Inputs) -> Inputs:
+    """The threshold laws as splines where the settings are latent, so that the sampler need not integrate."""
+    spread = float(np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier")))))
+    tables = tables_for(law, [(setting, spread) for _, setting, _ in known_settings(inputs)])
+    return replace(inputs, passage=tables) if tables else inputs
 
 
 def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:

@@ -39,6 +39,7 @@ from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
 PRIOR_DRAWS = 1000
+POOLINGS = ("complete", "partial")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ def applicable(law: Law, conditions: Conditions) -> bool:
 
 @float64
 def build_problem(
-    law: Law, prepared: Prepared, *, seed: int = 0, draws: int = DRAWS, warmup: int = WARMUP, chains: int = CHAINS
+    law: Law,
+    prepared: Prepared,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    warmup: int = WARMUP,
+    chains: int = CHAINS,
+    pooling: str = "complete",
 ) -> Problem:
     """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
 
@@ -112,7 +120,9 @@ def build_problem(
         raise InputError(
             f"law {law.name} has no formula for barrier {'/'.join(sorted(set(frame['barrier']) - set(law.barriers)))!r}"
         )
-    inputs = build_inputs(law, prepared.conditions)
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling is one of {', '.join(POOLINGS)}; not {pooling!r}")
+    inputs = build_inputs(law, prepared.conditions, pooling)
     observed = build_observations(prepared.conditions, prepared.waiting)
     inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
 
@@ -255,6 +265,7 @@ def infer(
     draws: int = DRAWS,
     warmup: int = WARMUP,
     chains: int = CHAINS,
+    pooling: str = "complete",
 ) -> xr.DataTree:
     """Posterior of one law given a measured table.
 
@@ -265,6 +276,8 @@ def infer(
         draws: posterior draws a chain.
         warmup: warm-up steps a chain.
         chains: chains, run side by side.
+        pooling: ``complete``: one temperature scale, n and prefactor for all minima; ``partial``: one for each minimum
+            (``<name>_by_minimum``) around a population value (``<name>``) with an inferred spread (``<name>_spread``).
 
     Returns:
         An ArviZ data tree with the groups posterior, prior, prior_predictive, posterior_predictive, log_likelihood (one value for each
@@ -276,7 +289,8 @@ def infer(
     """
     law = load_law(law)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
-    prepared.settings.update({"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
-    problem = build_problem(law, prepared, seed=seed, draws=draws, warmup=warmup, chains=chains)
+    settings: dict[str, Any] = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+    prepared.settings.update(settings | {"pooling": pooling})
+    problem = build_problem(law, prepared, pooling=pooling, **settings)
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
     return fit_tree(fit, prepared, seed=seed)

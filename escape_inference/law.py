@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Setting:
     hessian_saddle: Float[Array, " condition"]  #: h^s, 1/time (saddles only)
     barrier: Literal["saddle", "threshold"] = field(metadata={"static": True}, default="saddle")
     start: Literal["minimum", "quasi_stationary"] = field(metadata={"static": True}, default="minimum")
+    passage: Any = None  #: takes the place of the exact threshold laws, as a function of (T, c, n, q)
 
     @property
     def loss_gap(self) -> Float[Array, " condition"]:
@@ -105,6 +106,7 @@ class Law:
         temperature: ``temperature(values, setting) -> [condition]``, the dimensionless temperature at the minimum.
         barriers: the kinds of barrier to which the law applies.
         special_cases: names of the laws that this one contains as special cases.
+        points: values of normal parameters whose Bayes factor against the whole family is computed, as ``(name, value)``.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Law:
     temperature: Callable[[Values, Setting], Float[Array, " condition"]]
     barriers: tuple[str, ...] = ("saddle", "threshold")
     special_cases: tuple[str, ...] = ()
+    points: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.parameters]
@@ -154,6 +157,8 @@ def threshold_log_rate(
         setting.learning_rate * setting.hessian_minimum,
         setting.check_interval,
     )
+    if setting.passage is not None:
+        return jnp.log(setting.hessian_minimum) + setting.passage(temperature, ratio, dimension, noise_exponent)
     shape = jnp.shape(ratio)
     n, q = jnp.broadcast_to(dimension, shape), jnp.broadcast_to(noise_exponent, shape)
     law = log_leading_rate if setting.start == "quasi_stationary" else log_mean_passage_rate

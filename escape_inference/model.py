@@ -22,10 +22,13 @@ from numpyro import handlers
 from escape_inference.conditions import Conditions
 from escape_inference.law import Law, Setting, typical_curvature
 from escape_inference.likelihood import EscapeCounts, Observations
+from escape_inference.passage_table import PassageTable
 from escape_inference.surrogate import Surrogate
 from escape_inference.waiting import GammaLikelihood
 
 MEAN_DISCREPANCY = 0.5
+MEAN_SPREAD = 0.3  #: of a pooled parameter between minima, on the logarithm
+POOLED = ("temperature_scale", "effective_dimension", "log_prefactor")
 BARRIER_FLOOR = 0.02
 MINIMUM_QUANTITIES = ("loss_minimum", "hessian_minimum", "effective_dimension")
 LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
@@ -71,6 +74,8 @@ class Inputs:
     groups: tuple[tuple[str, str, int, int], ...] = field(metadata={"static": True})
     dimension_carried: str = field(metadata={"static": True})
     surrogate: Surrogate | None = None
+    passage: dict[str, PassageTable] | None = None
+    pooled: tuple[str, ...] = field(metadata={"static": True}, default=())
 
     @property
     def barriers(self) -> set[str]:
@@ -84,8 +89,11 @@ def sort_conditions(conditions: Conditions) -> Conditions:
     return conditions.select(order)
 
 
-def build_inputs(law: Law, conditions: Conditions) -> Inputs:
+def build_inputs(law: Law, conditions: Conditions, pooling: str = "complete") -> Inputs:
     """Arrays of the settings, and what is known of each minimum and barrier, from sorted conditions.
+
+    With ``partial`` pooling temperature scale, n (where it is not measured) and prefactor have a value for each minimum, log-normal around
+    a population value with an inferred spread; with ``complete`` pooling one value for all minima.
 
     Empty values are latent with wide log-normal priors: h* around the typical h* of the table (0.2 / median learning rate if there
     is none) with log-sd 1.5; L* a factor e below its lowest barrier with log-sd 1 (1 with log-sd 2 if no barrier is known); L^s a
@@ -129,6 +137,8 @@ def build_inputs(law: Law, conditions: Conditions) -> Inputs:
         where = [i for i, other in enumerate(kinds) if other == kind]
         groups.append((*kind, where[0], where[-1] + 1))
     parameters = law.parameters_for(set(frame["barrier"]))
+    sampled = {p.name for p in parameters if p.positive} - ({"effective_dimension"} if carried != "none" else set())
+    pooled = POOLED if pooling == "partial" and len(minima) > 1 else ()
     return Inputs(
         learning_rate=frame["learning_rate"].to_numpy(float),
         batch_size=frame["batch_size"].to_numpy(float),
@@ -141,6 +151,7 @@ def build_inputs(law: Law, conditions: Conditions) -> Inputs:
         medians={p.name: np.asarray(p.median_for(frame)) for p in parameters},
         groups=tuple(groups),
         dimension_carried=carried,
+        pooled=tuple(name for name in pooled if name in sampled or name == "log_prefactor"),
     )
 
 
@@ -186,6 +197,20 @@ def parameter_values(
     return values, log_prefactor, numpyro.deterministic("discrepancy", discrepancy_of(base, widths.discrepancy))
 
 
+def by_minimum(name: str, value: Array, inputs: Inputs, positive: bool) -> Array:
+    """The value of a parameter at every condition: its own, or that of the minimum, with an inferred spread between minima.
+
+    The spread has an exponential prior of mean 0.3; the minima are standard normal latents, so that few data make no funnel.
+    """
+    if name not in inputs.pooled:
+        return value
+    spread = numpyro.sample(f"{name}_spread", dist.Exponential(1 / MEAN_SPREAD))
+    size = inputs.measured["loss_minimum"].center.shape[0]
+    base = numpyro.sample(f"{name}_minimum_base", dist.Normal(jnp.zeros(size), 1.0).to_event(1))
+    each = value * jnp.exp(spread * base) if positive else value + spread * base
+    return numpyro.deterministic(f"{name}_by_minimum", each)[inputs.minimum]
+
+
 def discrepancy_of(base: Float[Array, "..."], width: Float[Array, ""] | float = 1.0) -> Float[Array, "..."]:
     """σ, exponential with mean 0.5 · ``width``, from a standard normal variable."""
     return jnp.maximum(-MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base), 1e-6)
@@ -210,18 +235,22 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, widths: Prior
         widths: factors on the widths of the priors.
     """
     values, log_prefactor, discrepancy = parameter_values(law, inputs, widths)
+    values = {name: by_minimum(name, value, inputs, positive=True) for name, value in values.items()}
+    log_prefactor = by_minimum("log_prefactor", log_prefactor, inputs, positive=False)
     logs = {name: latent_log(name, inputs.measured[name]) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
     log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
     if inputs.measured["loss_minimum"].latent.shape[0] or inputs.measured["loss_barrier"].latent.shape[0]:
         log_barrier = BARRIER_FLOOR * jax.nn.softplus(log_barrier / BARRIER_FLOOR)
     if inputs.dimension_carried != "none":
-        by_minimum = jnp.exp(latent_log("effective_dimension", inputs.measured["effective_dimension"]))
+        dimension = jnp.exp(latent_log("effective_dimension", inputs.measured["effective_dimension"]))
         if inputs.dimension_carried == "some":
-            by_minimum = jnp.where(inputs.dimension_measured, by_minimum, values["effective_dimension"])
-        values["effective_dimension"] = numpyro.deterministic("effective_dimension", by_minimum)[inputs.minimum]
+            dimension = jnp.where(inputs.dimension_measured, dimension, values["effective_dimension"])
+        values["effective_dimension"] = numpyro.deterministic("effective_dimension", dimension)[inputs.minimum]
     for name in MINIMUM_QUANTITIES[:2]:
         if inputs.measured[name].latent.shape[0]:
             numpyro.deterministic(name, jnp.exp(logs[name]))
+    if inputs.measured["hessian_saddle"].latent.shape[0]:
+        numpyro.deterministic("hessian_saddle", jnp.exp(logs["hessian_saddle"])[inputs.level])
 
     temperatures, rates = [], []
     for part, setting in _settings(inputs, logs, log_barrier):
@@ -261,6 +290,7 @@ def _settings(inputs: Inputs, logs: Mapping[str, Array], log_barrier: Array) -> 
                 hessian_saddle=jnp.exp(logs["hessian_saddle"])[inputs.level[part]],
                 barrier=barrier,  # type: ignore[arg-type]
                 start=start,  # type: ignore[arg-type]
+                passage=(inputs.passage or {}).get(start) if barrier == "threshold" else None,
             ),
         )
 

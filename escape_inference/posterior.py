@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from escape_inference.law import Law
+from escape_inference.model import MEAN_DISCREPANCY
 from escape_inference.summary import jsonable, parameter_summary
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ DESCRIPTIONS = {
     "loss_barrier": ("loss", "L^s, loss at the saddle or threshold"),
     "hessian_saddle": ("1/time", "h^s, absolute value of the negative curvature at the saddle"),
 }
-CONDITION_VARIABLES = ("temperature", "log_barrier", "log_rate", "log_rate_residual", "waiting_shape")
+CONDITION_VARIABLES = (
+    *("temperature", "log_barrier", "log_rate", "log_rate_residual", "waiting_shape", "hessian_saddle"),
+)
 
 
 def to_tree(
@@ -58,11 +62,13 @@ def to_tree(
     frame, law = prepared.conditions.frame, fit.problem.law
     conditions, minima = list(frame["condition"]), list(prepared.conditions.minima)
     keep = lambda sites: {k: v for k, v in sites.items() if not k.endswith("_base")}
+    priors = scalar_priors(fit)
     posterior = keep(fit.sites) | {"log_rate_residual": residual, "waiting_shape": waiting_shape}
     per_minimum = {
         name: ["minimum"]
-        for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
-        if name in posterior and posterior[name].ndim == 3
+        for name in posterior
+        if name in ("loss_minimum", "hessian_minimum", "effective_dimension") or name.endswith("_by_minimum")
+        if posterior[name].ndim == 3
     }
     constant = {
         name: frame[name].to_numpy(float)
@@ -80,6 +86,7 @@ def to_tree(
         f"measured_{name}": frame[name].to_numpy(float)
         for name in ("loss_minimum", "hessian_minimum", "effective_dimension")
     }
+    constant |= {name: frame[name].to_numpy() for name in ("barrier", "start", "ramp")}
     draws = fit.draws
     tree = arviz_base.from_dict(
         {
@@ -88,6 +95,7 @@ def to_tree(
             "posterior_predictive": {"escapes": posterior_predictive},
             "prior_predictive": {"escapes": prior_predictive},
             "log_likelihood": {"escapes": fit.log_likelihood},
+            "log_prior": {name: prior(posterior[name]) for name, (prior, _) in priors.items()},
             "sample_stats": {
                 "diverging": draws.diverging,
                 "energy": draws.energy,
@@ -119,11 +127,34 @@ def to_tree(
             "bfmi_min": convergence.bfmi_min,
             "trustworthy": int(convergence.trustworthy),
             "convergence": convergence.reason or "converged",
+            "positive_parameters": " ".join(name for name, (_, positive) in priors.items() if positive),
             "parameters": json.dumps(jsonable(parameter_summary(fit))),
         }
         | prepared.settings
     )
     return tree
+
+
+def scalar_priors(fit: "Fit") -> dict[str, tuple[Callable[[np.ndarray], np.ndarray], bool]]:
+    """Log prior density of every scalar parameter with a prior of its own, and whether the parameter is positive."""
+    inputs, found = fit.problem.inputs, {}
+    for p in fit.problem.law.parameters_for(inputs.barriers):
+        name = p.name
+        if name == "effective_dimension" and inputs.dimension_carried != "none":
+            name = "effective_dimension_unmeasured"
+        if name in fit.sites:
+            log, median = (np.log if p.positive else np.asarray), float(inputs.medians[p.name])
+            center = np.log(median) if p.positive else median
+            found[name] = partial(_log_normal_density, log=log, center=center, width=p.width), p.positive
+    found["log_prefactor"] = partial(_log_normal_density, log=np.asarray, center=0.0, width=1.0), False
+    found["discrepancy"] = (lambda value: -value / MEAN_DISCREPANCY - np.log(MEAN_DISCREPANCY)), True
+    return found
+
+
+def _log_normal_density(value: np.ndarray, *, log: Callable[..., np.ndarray], center: float, width: float) -> np.ndarray:
+    """Density of a normal variable, or of a log-normal one in its own units."""
+    z = (log(value) - center) / width
+    return -0.5 * z**2 - np.log(width * np.sqrt(2 * np.pi)) - (log(value) if log is np.log else 0.0)
 
 
 def parameters_of(tree: xr.DataTree) -> dict[str, dict[str, Any]]:

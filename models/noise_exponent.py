@@ -46,4 +46,5 @@ LAW = Law(
     temperature=temperature,
     log_rate=log_rate,
     special_cases=("power_law",),
+    points=(("noise_exponent", 0.0), ("noise_exponent", 1.0)),
 )

@@ -1,0 +1,120 @@
+"""What the data cannot say: posterior against prior for every parameter, in numbers and in a plain sentence.
+
+With one threshold only the slope in B/η and the height of the line are fixed by escapes, so that n and the prefactor trade off exactly;
+a posterior for n then is its prior, however narrow it looks. Three measures tell: the contraction of the posterior, the sensitivity
+of the posterior to powers of the prior and of the likelihood (Kallioinen, Paananen, Bürkner and Vehtari, Stat. Comput. 34, 57 (2024)),
+and the correlation with the other parameters.
+"""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from arviz_stats import psense
+
+MOVED_CONTRACTION = 0.36  #: sd of the posterior below 0.8 of the prior's
+MOVED_SHIFT = 1.0  #: or the mean moved by so many standard deviations of the prior
+SENSITIVE = 0.05  #: cumulative Jensen-Shannon distance above which a posterior follows its prior
+TIED = 0.9  #: correlation from which two parameters are known in combination only
+
+_NAMES = {
+    "temperature_scale": "the temperature scale α",
+    "effective_dimension": "the effective dimension n",
+    "effective_dimension_unmeasured": "the effective dimension n of the minima without a measured spectrum",
+    "noise_strength": "the noise strength",
+    "noise_exponent": "the noise exponent q",
+    "log_prefactor": "the prefactor",
+    "discrepancy": "the discrepancy σ",
+}
+_REMEDIES = {
+    "effective_dimension": "a second threshold, a ramp through the critical learning rate or a measured spectrum would fix it",
+    "temperature_scale": "more learning rates or batch sizes at one barrier would fix it",
+    "noise_strength": "more learning rates or batch sizes at one barrier would fix it",
+    "noise_exponent": "minima whose losses or barriers differ more would fix it",
+    "log_prefactor": "escapes at several temperatures over one barrier would fix it",
+    "discrepancy": "more conditions would fix it",
+}
+
+
+def identifiability(fit: xr.DataTree) -> pd.DataFrame:
+    """What the data say about each parameter of a fit.
+
+    Args:
+        fit: what :func:`escape_inference.infer` returns, or a posterior file opened with ``xarray.open_datatree``.
+
+    Returns:
+        One row for each scalar parameter, indexed by its name: ``contraction`` (1 − variance of the posterior over that of the prior, of the
+        logarithm for positive parameters), ``shift`` (of the mean, in sd of the prior), ``prior_sensitivity`` and
+        ``likelihood_sensitivity`` (power scaling; above 0.05 the posterior follows), ``correlated_with`` and ``correlation``
+        (the strongest), ``status`` (``identified``, ``combination`` or ``not identified``) and ``sentence``.
+
+    >>> import escape_inference as ei
+    >>> rate = np.repeat([0.02, 0.03, 0.04], 40)  # one minimum, one barrier: n and the prefactor cannot be told apart
+    >>> steps = np.random.default_rng(0).geometric(rate * np.exp(-0.1 / rate))
+    >>> table = pd.DataFrame({"minimum": "m", "run": range(120), "learning_rate": rate, "batch_size": 8, "steps": steps,
+    ...     "escaped": True, "loss_minimum": 1.0, "loss_barrier": 1.5, "hessian_minimum": 1.0, "hessian_saddle": 1.0})
+    >>> known = ei.identifiability(ei.infer("power_law", table, draws=250, warmup=250))
+    >>> known.loc["effective_dimension", "status"]
+    'not identified'
+    """
+    fit = fit.load()
+    scale = _on_prior_scale(fit)
+    names = list(scale)
+    posterior = pd.DataFrame({name: scale[name][0] for name in names})
+    correlations = posterior.corr().to_numpy() - np.eye(len(names))
+    sensitivity = {group: _sensitivity(fit, names, group) for group in ("prior", "likelihood")}
+    rows = []
+    for i, name in enumerate(names):
+        draws, prior = scale[name]
+        contraction = 1 - draws.var() / prior.var()
+        shift = (draws.mean() - prior.mean()) / prior.std()
+        partner = int(np.argmax(np.abs(correlations[i]))) if len(names) > 1 else i
+        row = {"contraction": contraction, "shift": shift}
+        row |= {f"{group}_sensitivity": values[name] for group, values in sensitivity.items()}
+        row |= {"correlated_with": names[partner], "correlation": correlations[i, partner]}
+        moved = contraction > MOVED_CONTRACTION or abs(shift) > MOVED_SHIFT
+        tied = abs(correlations[i, partner]) > TIED and row["prior_sensitivity"] > SENSITIVE
+        row["status"] = "not identified" if not moved else "combination" if tied else "identified"
+        rows.append(row | {"sentence": _sentence(name, row, fit)})
+    return pd.DataFrame(rows, index=pd.Index(names, name="parameter"))
+
+
+def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Draws of posterior and prior of every parameter with a prior of its own, logarithms of positive ones."""
+    positive = set(str(fit.attrs["positive_parameters"]).split())
+    found = {}
+    for name in fit["log_prior"].data_vars:
+        draws, prior = (fit[group][name].to_numpy().ravel() for group in ("posterior", "prior"))
+        found[str(name)] = (np.log(draws), np.log(prior)) if name in positive else (draws, prior)
+    return found
+
+
+def _sensitivity(fit: xr.DataTree, names: list[str], group: str) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = psense(fit, var_names=names, group=group)
+    values = found if hasattr(found, "data_vars") and len(found.data_vars) else found["posterior"]
+    return {name: float(values[name]) for name in names}
+
+
+def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
+    subject = _NAMES.get(name, name.replace("_", " "))
+    remedy = _REMEDIES.get(name.removesuffix("_unmeasured"), "conditions that differ in other settings would fix it")
+    partner = _NAMES.get(row["correlated_with"], row["correlated_with"].replace("_", " "))
+    if row["status"] == "identified":
+        return f"{subject} is identified: the data shrink its prior variance by {100 * max(row['contraction'], 0):.0f} %."
+    fixed = f"the data fix only its combination with {partner} (correlation {row['correlation']:.2f})"
+    if row["status"] == "combination":
+        return f"{subject} is identified through its prior: {fixed}; {remedy}."
+    if abs(row["correlation"]) < TIED / 2:
+        fixed = "its posterior is its prior"
+    return f"{subject} is not identified: {fixed}; {_remedy_for(name, remedy, fit)}."
+
+
+def _remedy_for(name: str, remedy: str, fit: xr.DataTree) -> str:
+    """The remedy, shortened where the table already has part of it."""
+    constant = fit["constant_data"]
+    if name == "effective_dimension" and bool(constant["ramp"].to_numpy().any()):
+        return remedy.replace(", a ramp through the critical learning rate", ", more levels of the ramps")
+    return remedy
