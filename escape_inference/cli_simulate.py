@@ -31,7 +31,7 @@ def simulate(
         ),
     ] = None,
     design: Annotated[
-        Path | None, typer.Option("--design", help="Table of conditions in place of the nine options below.")
+        Path | None, typer.Option("--design", help="Table of conditions in place of the seven options below.")
     ] = None,
     barrier: Annotated[str, typer.Option("--barrier", help="saddle or threshold.")] = "saddle",
     minima: Annotated[int, typer.Option("--minima", min=1, help="Number of minima.")] = 12,
