@@ -201,7 +201,7 @@ def test_towards_the_saddle_the_curvature_is_the_softer_one_and_scales_the_learn
     assert table["hessian_minimum"].to_numpy() == pytest.approx(along, rel=1e-2)
     assert along < 0.9 * curvatures(left)[1]
     learning_rate = table["learning_rate"].iloc[0]
-    wanted = np.log(mean_loss(top) / table["loss_minimum"].iloc[0]) / along
+    wanted = np.log(mean_loss(top) / table["loss_minimum"].iloc[0]) / 0.5 / along
     assert learning_rate == pytest.approx(wanted, rel=0.01)
     minima = pd.read_csv(folder / "towards" / "minima.csv")
     assert minima["hessian_minimum"].iloc[0] == pytest.approx(curvatures(left)[1], rel=1e-2)
@@ -209,7 +209,9 @@ def test_towards_the_saddle_the_curvature_is_the_softer_one_and_scales_the_learn
 
 def test_a_minimum_without_a_way_out_is_said_to_have_none(folder: Path) -> None:
     path = folder / "bowl.toml"
-    escape = '[[escape]]\nlearning_rate = 0.5\nbatch_size = 1\nthreshold = 1.1\nreplicas = 8\nsteps = 100\nlooks = "exact"\n'
+    escape = (
+        '[[escape]]\nlearning_rate = 0.5\nbatch_size = 1\nthreshold = 1.1\nreplicas = 8\nsteps = 100\nlooks = "exact"\n'
+    )
     path.write_text(STUDY.replace("double_well", "single_well") + escape, encoding="utf-8")
     table = read_measurements(collect(path, folder / "bowl", progress=False))
     assert set(table["barrier"]) == {"threshold"}
