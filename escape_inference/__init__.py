@@ -25,6 +25,9 @@ _HOME = {
     "check_escape": "escape_check",
     "check_law": "law_check",
     "compare": "comparison",
+    "critical_learning_rates": "prediction",
+    "identifiability": "identifiability",
+    "residual_trends": "trends",
     "infer": "inference",
     "kramers_log_prefactor": "law",
     "load_law": "law",
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from escape_inference.design import make_ramps
     from escape_inference.errors import InputError
     from escape_inference.escape_check import EscapeCheck, check_escape
+    from escape_inference.identifiability import identifiability
     from escape_inference.inference import infer, prepare
     from escape_inference.law import (
         Law,
@@ -56,10 +60,12 @@ if TYPE_CHECKING:
         threshold_log_rate,
     )
     from escape_inference.law_check import LawReport, check_law
+    from escape_inference.prediction import critical_learning_rates
     from escape_inference.report import write_report
     from escape_inference.sde import simulate_sde
     from escape_inference.simulation import simulate
     from escape_inference.table import read_measurements
+    from escape_inference.trends import residual_trends
     from escape_inference.worlds import World, make_design
 
 

@@ -32,7 +32,7 @@ class Ahead:
         shapes = jax.tree.map(_shape, arguments)
         key = _key(arguments, static)
         if key not in self._programs:
-            with_precision = float64(self._compile) if jax.config.jax_enable_x64 else self._compile
+            with_precision = float64(self._compile) if jax.config.values["jax_enable_x64"] else self._compile
             self._programs[key] = _COMPILERS.submit(with_precision, shapes, static)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:

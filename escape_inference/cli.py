@@ -33,6 +33,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Draws = Annotated[int, typer.Option("--draws", min=100, help="Posterior draws of each chain.")]
 Warmup = Annotated[int, typer.Option("--warmup", min=100, help="Warm-up steps of each chain.")]
 Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, run side by side.")]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling",
+        help="complete: one temperature scale, n and prefactor for all minima; partial: one for each minimum around a population value.",
+    ),
+]
 
 
 @app.command()
@@ -45,6 +52,7 @@ def infer(
     draws: Draws = 1000,
     warmup: Warmup = 500,
     chains: Chains = 4,
+    pooling: Pooling = "complete",
 ) -> None:
     """Posterior of one law: writes OUTPUT/<law>.nc (open it with arviz.from_netcdf) and prints a summary.
 
@@ -52,7 +60,10 @@ def infer(
     """
     from escape_inference import inference
     from escape_inference import law as laws
+    from escape_inference.identifiability import identifiability
     from escape_inference.posterior import parameters_of, save_tree
+    from escape_inference.prediction import critical_learning_rates
+    from escape_inference.trends import residual_trends, trend_sentence
 
     _check_writable(output)
     _keep_compiled_programs()
@@ -61,7 +72,10 @@ def infer(
         say("reading the table and checking for escape")
         prepared = inference.prepare(table, seed=seed)
         say(f"{chosen.name}: sampling")
-        tree = inference.infer(chosen, prepared, seed=seed, draws=draws, warmup=warmup, chains=chains)
+        settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+        tree = inference.infer(chosen, prepared, pooling=pooling, **settings)
+        known = identifiability(tree)
+        ramps = critical_learning_rates(chosen, tree, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{chosen.name}.nc"
     save_tree(tree, path)
@@ -69,6 +83,11 @@ def infer(
     if prepared.left_out:
         print(f"Left out, not escape: {', '.join(prepared.left_out)}")
     _print_parameters(chosen.name, parameters_of(tree))
+    for sentence in known["sentence"]:
+        print(f"  {sentence}")
+    if left := trend_sentence(residual_trends(tree)):
+        print(f"  {left}")
+    _print_ramps(chosen.name, ramps.to_dict("records"))
     if not tree.attrs["trustworthy"]:
         print(f"NOT TRUSTWORTHY: {tree.attrs['convergence']}")
     print(f"Posterior: {path}")
@@ -87,6 +106,7 @@ def compare(
     draws: Draws = 1000,
     warmup: Warmup = 500,
     chains: Chains = 4,
+    pooling: Pooling = "complete",
 ) -> None:
     """Fit several laws and compare them: writes posteriors, comparison.csv and comparison.json, prints the verdict.
 
@@ -109,7 +129,8 @@ def compare(
     with _progress(quiet) as say:
         say("reading the table and checking for escape")
         prepared = prepare(table, seed=seed)
-        result = run(prepared, chosen, seed=seed, draws=draws, warmup=warmup, chains=chains, progress=say)
+        settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+        result = run(prepared, chosen, pooling=pooling, progress=say, **settings)
     output.mkdir(parents=True, exist_ok=True)
     for name, tree in result.fits.items():
         save_tree(tree, output / f"{name}.nc")
@@ -248,6 +269,30 @@ def _print_comparison(report: dict) -> None:
     _print_table("laws, best first", ["law", *columns, "discrepancy"], rows)
     for name, law in report["laws"].items():
         _print_parameters(name, law["parameters"])
+        for parameter in law["parameters"].values():
+            if parameter.get("status", "identified") != "identified":
+                print(f"  {parameter['sentence']}")
+        for found in law["residual_trends"]:
+            if found["trend"]:
+                print(f"  its residual log rates have a trend against {found['variable']} (p = {found['p_value']:.1g})")
+        for point, found in law["point_bayes_factors"].items():
+            value, error = _format(found["log_bayes_factor"]), _format(found["log_bayes_factor_se"])
+            print(f"  log Bayes factor of {point} against the family: {value} ± {error}")
+        _print_ramps(name, law["critical_learning_rates"])
+
+
+def _print_ramps(law: str, rows: list[dict]) -> None:
+    if not rows:
+        return
+    bands = ("measured", "predicted", "stability_limit")
+    table = [
+        [str(row["minimum"]), _format(row["batch_size"]), f"{row['jumped']}/{row['runs']}"]
+        + [f"{_format(row[b])} [{_format(row[f'{b}_q05'])}, {_format(row[f'{b}_q95'])}]" for b in bands]
+        + [_format(row["gradient_descent_limit"])]
+        for row in rows
+    ]
+    columns = ["minimum", "B", "jumped", "measured", "predicted", "2B/((n−2)αh*)", "2/h*"]
+    _print_table(f"{law}: critical learning rates, 90 % intervals", columns, table)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from escape_inference.cross_validation import (
     with_refits,
 )
 from escape_inference.evidence import Evidence, agree
+from escape_inference.identifiability import identifiability
 from escape_inference.inference import (
     CHAINS,
     DRAWS,
@@ -38,8 +39,11 @@ from escape_inference.inference import (
 from escape_inference.law import Law, built_in_laws, load_laws
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
+from escape_inference.prediction import critical_learning_rates
 from escape_inference.redraw import Sample, first_sample, with_prior, without_condition
+from escape_inference.savage_dickey import point_bayes_factor
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
+from escape_inference.trends import residual_trends
 from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, decide
 
 Progress = Callable[[str], None]
@@ -56,6 +60,7 @@ class LawResult:
     samples: dict[float, Sample]
     redraw: dict[str, int]
     tree: xr.DataTree
+    says: dict[str, Any]
 
     @property
     def evidence(self) -> dict[float, Evidence]:
@@ -109,6 +114,7 @@ def compare(
     draws: int = DRAWS,
     warmup: int = WARMUP,
     chains: int = CHAINS,
+    pooling: str = "complete",
     progress: Progress | None = None,
 ) -> Comparison:
     """Fit every law and compare them.
@@ -118,6 +124,7 @@ def compare(
         laws: names, paths of law files or law objects; by default every built-in law that applies.
         seed: the same seed gives the same result.
         draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
+        pooling: ``complete`` or ``partial``, as in :func:`~escape_inference.infer`.
         progress: called with a short text at every step.
 
     Returns:
@@ -130,13 +137,14 @@ def compare(
     chosen = load_laws(laws) if laws is not None else None
     say("reading the table and checking for escape")
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
-    prepared.settings.update({"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
+    settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains, "pooling": pooling}
+    prepared.settings.update(settings)
     if chosen is None:
         chosen = [law for law in built_in_laws().values() if applicable(law, prepared.conditions)]
     frame = prepared.conditions.frame
     results: dict[str, LawResult] = {}
     if len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape":
-        stages = Stages(say, {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains})
+        stages = Stages(say, settings)
         found = side_by_side(lambda law: stages.study(law, prepared), chosen, PARALLEL)
         results = {law.name: result for law, result in zip(chosen, found, strict=True)}
     return _assemble(prepared, chosen, results)
@@ -145,7 +153,7 @@ def compare(
 class Stages:
     """The stages of a law's study; different laws are in different stages at a time, so that each program is compiled once."""
 
-    def __init__(self, say: Progress, settings: dict[str, int]) -> None:
+    def __init__(self, say: Progress, settings: dict[str, Any]) -> None:
         self.say, self.settings = say, settings
         self.locks = {name: Lock() for name in ("explore", "sample", "vary", "write")}
 
@@ -161,6 +169,7 @@ class Stages:
             fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
         with self.locks["write"]:
             tree = fit_tree(fit, prepared, seed=seed)
+            says = _says(fit, tree, seed)
         with self.locks["vary"]:
             self.say(f"{law.name}: evidence, prior widths, left-out conditions")
             first = first_sample(fit, seed)
@@ -169,10 +178,28 @@ class Stages:
             found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), PARALLEL)
             samples = {1.0: first} | dict(zip(others, found, strict=True))
             loo = {key: leave_one_out(one.log_likelihood[None], one.log_weight) for key, one in samples.items()}
-            result = LawResult(fit, loo, samples, redraw, tree)
+            result = LawResult(fit, loo, samples, redraw, tree, says)
             for width in WIDTHS:
                 result.leave_out(width)
         return result
+
+
+def _says(fit: Fit, tree: xr.DataTree, seed: int) -> dict[str, Any]:
+    """What the posterior says beyond its parameters: identifiability, trends, critical learning rates, points of the family."""
+    law = fit.problem.law
+    points = {}
+    for name, value in law.points:
+        found = point_bayes_factor(fit.problem, fit.draws.z, name, value)
+        points[f"{name}={value:g}"] = {
+            "log_bayes_factor": found.log_evidence,
+            "log_bayes_factor_se": found.standard_error,
+        }
+    return {
+        "identifiability": identifiability(tree),
+        "residual_trends": residual_trends(tree),
+        "critical_learning_rates": critical_learning_rates(law, tree, seed=seed),
+        "point_bayes_factors": points,
+    }
 
 
 def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
@@ -218,7 +245,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawRes
     for name, weight, probability in zip(names, weights, probabilities, strict=True):
         entries[name] = _entry(results[name], results[names[0]], float(weight), float(probability), fits[name])
     if verdict in results:
-        reason += law_sentence(verdict, entries[verdict]["parameters"], entries[verdict]["discrepancy"])
+        reason += law_sentence(entries[verdict], results[verdict].says["residual_trends"])
     report = {
         "verdict": verdict,
         "reason": reason,
@@ -252,6 +279,11 @@ def _entry(result: LawResult, best: LawResult, weight: float, probability: float
     k = np.where(loo.refitted, -np.inf, loo.pareto_k)
     bridge = result.evidence[1.0]
     discrepancy = result.fit.sites["discrepancy"]
+    known = result.says["identifiability"]
+    parameters = {
+        name: row | (known.loc[name].to_dict() if name in known.index else {})
+        for name, row in parameter_summary(result.fit).items()
+    }
     return {
         "elpd": loo.elpd,
         "elpd_se": loo.standard_error,
@@ -270,7 +302,10 @@ def _entry(result: LawResult, best: LawResult, weight: float, probability: float
             "q05": np.quantile(discrepancy, 0.05),
             "q95": np.quantile(discrepancy, 0.95),
         },
-        "parameters": parameter_summary(result.fit),
+        "parameters": parameters,
+        "residual_trends": result.says["residual_trends"].reset_index().to_dict("records"),
+        "critical_learning_rates": result.says["critical_learning_rates"].to_dict("records"),
+        "point_bayes_factors": result.says["point_bayes_factors"],
         "rhat_max": convergence.rhat_max,
         "ess_min": convergence.ess_min,
         "divergences": convergence.divergences,

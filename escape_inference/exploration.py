@@ -158,7 +158,9 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
 
 def _with_passage_tables(law: Law, inputs: Inputs) -> Inputs:
     """The threshold laws as splines where the settings are latent, so that the sampler need not integrate."""
-    spread = float(np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier")))))
+    spread = float(
+        np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
+    )
     tables = tables_for(law, [(setting, spread) for _, setting, _ in known_settings(inputs)])
     return replace(inputs, passage=tables) if tables else inputs
 

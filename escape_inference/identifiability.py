@@ -84,9 +84,9 @@ def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]
     """Draws of posterior and prior of every parameter with a prior of its own, logarithms of positive ones."""
     positive = set(str(fit.attrs["positive_parameters"]).split())
     found = {}
-    for name in fit["log_prior"].data_vars:
+    for name in map(str, fit["log_prior"].data_vars):
         draws, prior = (fit[group][name].to_numpy().ravel() for group in ("posterior", "prior"))
-        found[str(name)] = (np.log(draws), np.log(prior)) if name in positive else (draws, prior)
+        found[name] = (np.log(draws), np.log(prior)) if name in positive else (draws, prior)
     return found
 
 
@@ -103,7 +103,9 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
     remedy = _REMEDIES.get(name.removesuffix("_unmeasured"), "conditions that differ in other settings would fix it")
     partner = _NAMES.get(row["correlated_with"], row["correlated_with"].replace("_", " "))
     if row["status"] == "identified":
-        return f"{subject} is identified: the data shrink its prior variance by {100 * max(row['contraction'], 0):.0f} %."
+        return (
+            f"{subject} is identified: the data shrink its prior variance by {100 * max(row['contraction'], 0):.0f} %."
+        )
     fixed = f"the data fix only its combination with {partner} (correlation {row['correlation']:.2f})"
     if row["status"] == "combination":
         return f"{subject} is identified through its prior: {fixed}; {remedy}."

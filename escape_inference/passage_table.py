@@ -97,7 +97,9 @@ def build_passage_table(
     axes = [a + s * np.arange(k) for a, s, k in zip(low, step, counts, strict=True)]
     grid = [x.ravel() for x in np.meshgrid(*axes, indexing="ij")]
     values = _smooth_part(law, grid, noise_exponent).reshape(counts)
-    table = PassageTable(jnp.asarray(low), jnp.asarray(step), jnp.asarray(spline_filter(values, order=3, mode="mirror")))
+    table = PassageTable(
+        jnp.asarray(low), jnp.asarray(step), jnp.asarray(spline_filter(values, order=3, mode="mirror"))
+    )
     rng = np.random.default_rng(seed)
     points = [rng.uniform(a, b, CHECKED) for a, b in ranges]
     exact = _smooth_part(law, points, noise_exponent)
@@ -125,7 +127,7 @@ def tables_for(law: "Law", settings: "Sequence[tuple[Setting, float]]") -> dict[
 
     A law that asks for several fixed q, or for one that varies, gets a table in q as well.
     """
-    tables = {}
+    tables: dict[str, PassageTable] = {}
     for setting, spread in settings:
         if setting.barrier != "threshold":
             continue

@@ -137,7 +137,8 @@ def to_tree(
 
 def scalar_priors(fit: "Fit") -> dict[str, tuple[Callable[[np.ndarray], np.ndarray], bool]]:
     """Log prior density of every scalar parameter with a prior of its own, and whether the parameter is positive."""
-    inputs, found = fit.problem.inputs, {}
+    inputs = fit.problem.inputs
+    found: dict[str, tuple[Callable[[np.ndarray], np.ndarray], bool]] = {}
     for p in fit.problem.law.parameters_for(inputs.barriers):
         name = p.name
         if name == "effective_dimension" and inputs.dimension_carried != "none":
@@ -151,7 +152,9 @@ def scalar_priors(fit: "Fit") -> dict[str, tuple[Callable[[np.ndarray], np.ndarr
     return found
 
 
-def _log_normal_density(value: np.ndarray, *, log: Callable[..., np.ndarray], center: float, width: float) -> np.ndarray:
+def _log_normal_density(
+    value: np.ndarray, *, log: Callable[..., np.ndarray], center: float, width: float
+) -> np.ndarray:
     """Density of a normal variable, or of a log-normal one in its own units."""
     z = (log(value) - center) / width
     return -0.5 * z**2 - np.log(width * np.sqrt(2 * np.pi)) - (log(value) if log is np.log else 0.0)

@@ -116,9 +116,10 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
         n) and ``gradient_descent_limit`` 2/h*. Empty if no run of the data is a ramp.
     """
     constant = fit["constant_data"]
-    frame = pd.DataFrame(
-        {name: constant[name].to_numpy() for name in constant.data_vars if constant[name].dims == ("condition",)}
-    ).assign(minimum=constant["condition_minimum"].to_numpy(), escapes=fit["observed_data"]["escapes"].to_numpy())
+    names = [str(name) for name, value in constant.data_vars.items() if value.dims == ("condition",)]
+    frame = pd.DataFrame({name: constant[name].to_numpy() for name in names}).assign(
+        minimum=constant["condition_minimum"].to_numpy(), escapes=fit["observed_data"]["escapes"].to_numpy()
+    )
     frame = frame[frame["ramp"].astype(bool)]
     rng, rows = np.random.default_rng(seed), []
     keys = ["minimum", "batch_size", "barrier", "start", "loss_barrier", "check_interval"]
@@ -134,7 +135,11 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
         hazard = np.exp(np.minimum(predict_log_rates(law, fit, base, grid, seed=seed), 50.0)) * grid * held
         predicted = _crossing(grid, hazard)
         row = {"minimum": key[0], "batch_size": key[1], "runs": int(runs.max()), "jumped": int(escapes.sum())}
-        for name, values in (("measured", measured), ("predicted", predicted), ("stability_limit", _limit(fit, base[0]))):
+        for name, values in (
+            ("measured", measured),
+            ("predicted", predicted),
+            ("stability_limit", _limit(fit, base[0])),
+        ):
             low, middle, high = np.quantile(values, QUANTILES, method="nearest")
             row |= {name: middle, f"{name}_q05": low, f"{name}_q95": high}
         rows.append(row | {"gradient_descent_limit": float(2 / np.median(_curvature(fit, base[0])))})

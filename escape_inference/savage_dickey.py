@@ -9,6 +9,7 @@ where w is a normal density fitted to the draws and φ' are the other parameters
 818 (1994)). Unlike a histogram of draws it reaches into the tail of the posterior, and its error is known.
 """
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
@@ -75,5 +76,5 @@ def log_marginal_density(
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     total = float(logsumexp(log_weight) - np.log(len(flat)))
     weight = np.exp(log_weight - total).reshape(chains, draws)
-    error = float(weight.std() / np.sqrt(max(float(effective_size(weight)), 1.0)))
+    error = float(weight.std() / np.sqrt(max(float(effective_size(jnp.asarray(weight))), 1.0)))
     return total, error

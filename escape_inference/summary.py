@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
+
+from escape_inference.trends import trend_sentence
 
 if TYPE_CHECKING:
     from escape_inference.inference import Fit
@@ -33,15 +36,17 @@ def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
     return rows
 
 
-def law_sentence(law: str, parameters: dict[str, Any], discrepancy: dict[str, Any]) -> str:
-    """What the winner's posterior adds to the verdict: parameters that contradict the theory, and the size of its error."""
+def law_sentence(entry: dict[str, Any], trends: pd.DataFrame) -> str:
+    """What the winner's posterior adds to the verdict: the size of its error, parameters that contradict its theory, trends."""
     off = [
         f"{name} {row['mean']:.2f} [{row['q05']:.2f}, {row['q95']:.2f}] excludes the theory's {row['theory']:g}"
-        for name, row in parameters.items()
+        for name, row in entry["parameters"].items()
         if row["contains_theory"] is False
     ]
-    text = f"; it misses the rates by a typical factor of {np.exp(discrepancy['mean']):.2f}"
-    return text + ("; but it disagrees with its own theory: " + ", ".join(off) if off else "")
+    text = f"; it misses the rates by a typical factor of {np.exp(entry['discrepancy']['mean']):.2f}"
+    text += "; but it disagrees with its own theory: " + ", ".join(off) if off else ""
+    left = trend_sentence(trends)
+    return text + (f"; but {left}" if left else "")
 
 
 def jsonable(value: Any) -> Any:

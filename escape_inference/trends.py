@@ -79,7 +79,7 @@ def trend_sentence(trends: pd.DataFrame) -> str:
     >>> trend_sentence(pd.DataFrame(rows, index=["barrier_ratio", "barrier_over_temperature"]))
     'its residual log rates have a trend against ΔU/T (p = 0.002)'
     """
-    found = [f"{VARIABLES[name]} (p = {row['p_value']:.1g})" for name, row in trends.iterrows() if row["trend"]]
+    found = [f"{VARIABLES[str(name)]} (p = {row['p_value']:.1g})" for name, row in trends.iterrows() if row["trend"]]
     return f"its residual log rates have a trend against {' and '.join(found)}" if found else ""
 
 
