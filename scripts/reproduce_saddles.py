@@ -27,16 +27,16 @@ import numpy as np
 import pandas as pd
 from jax.flatten_util import ravel_pytree
 from reproduction import Claim, Reproduction, run
+from studies import narrow
+from studies.narrow import apply
 
 from escape_inference.trainers import top_hessian, train_minimum
 from escape_inference.trainers.crossings import measure_crossings
 from escape_inference.trainers.curvature import make_problem
-from escape_inference.trainers.datasets import mnist_two_class
 from escape_inference.trainers.exits import Exit, find_exits
 from escape_inference.trainers.losses import mean_square, sample_losses
 from escape_inference.trainers.lowest_path import relax_path, straight_path
 
-UNITS = 2
 BARRIERS = (3.0, 4.0, 5.0, 6.0)
 """log(L^s/L*) over the temperature eta h*/B, from which eta follows."""
 DRAWS = 20_000
@@ -61,7 +61,7 @@ class World:
 
     def start(self, seed: int) -> dict[str, jax.Array]:
         """Initial weights."""
-        return {"w": 0.5 * jax.random.normal(jax.random.key(seed), (self.inputs.shape[1], UNITS))}
+        return narrow.network.init(jax.random.key(seed), self.problem[0])
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,14 @@ class Well:
     work: float
 
 
-def apply(params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
-    """Two layers: the sum of the units."""
-    return jnp.sum(jnp.tanh(inputs @ params["w"]), axis=1)
+def teacher(noise: float) -> World:
+    """Student and teacher of one shape."""
+    return World(f"teacher, noise {noise:g}", *narrow.teacher(noise))
 
 
-def teacher(noise: float, samples: int = 400, dimension: int = 4) -> World:
-    """Targets of a network of the same shape, with noise."""
-    generator = np.random.default_rng(0)
-    inputs = generator.normal(size=(samples, dimension))
-    weights = generator.normal(size=(dimension, UNITS))
-    weights = 1.2 * weights / np.linalg.norm(weights, axis=0)
-    targets = np.tanh(inputs @ weights).sum(1) + noise * generator.normal(size=samples)
-    return World(f"teacher, noise {noise:g}", inputs, targets)
-
-
-def digits(samples: int = 500, dimension: int = 6) -> World:
-    """Even against odd digits, by their leading principal components."""
-    images, targets = mnist_two_class(samples)
-    images = np.asarray(images, float).reshape(samples, -1)
-    images = images - images.mean(0)
-    components = images @ np.linalg.svd(images, full_matrices=False)[2][:dimension].T
-    return World("MNIST, even or odd", components / components.std(), targets)
+def digits() -> World:
+    """Even against odd digits."""
+    return World("MNIST, even or odd", *narrow.digits())
 
 
 def noise_along(world: World, point: np.ndarray, direction: np.ndarray, like: dict) -> float:

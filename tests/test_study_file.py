@@ -143,7 +143,7 @@ def test_ramps_are_written_out_for_every_minimum_and_change_the_study(tmp_path: 
 
 
 def test_a_study_that_measures_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"at least one \[\[escape\]\] or \[\[ramps\]\]"):
+    with pytest.raises(InputError, match=r"at least one \[\[escape\]\] or \[\[ramps\]\] or \[\[saddles\]\]"):
         read_study(write(tmp_path, GOOD[: GOOD.index("[[escape]]")]))
 
 
@@ -199,7 +199,9 @@ def test_options_of_the_data_can_be_a_grid_of_the_minima(tmp_path: Path) -> None
     assert [spec.data_options for spec in study.minima] == [{"samples": 200, "dimension": d} for d in (1, 3)]
 
 
-@pytest.mark.parametrize("name", ["quick", "kills", "campaign", "linear_regression", "mnist_two_class", "mnist_minima"])
+@pytest.mark.parametrize(
+    "name", ["quick", "kills", "campaign", "linear_regression", "mnist_two_class", "mnist_minima", "saddles"]
+)
 def test_the_studies_that_ship_are_valid(name: str) -> None:
     study = read_study(Path(__file__).parent.parent / "scripts" / "studies" / f"{name}.toml")
-    assert study.conditions
+    assert study.measured
