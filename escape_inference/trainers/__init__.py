@@ -1,10 +1,12 @@
 """Measuring escapes: train minima, measure their spectra and noise, time escapes, and raise the learning rate."""
 
 from escape_inference.trainers.covariance import NoiseCovariance, noise_covariance
+from escape_inference.trainers.crossings import measure_crossings
 from escape_inference.trainers.decoupling import DecouplingCheck, decoupling_check
 from escape_inference.trainers.density import SpectralDensity, spectral_density
 from escape_inference.trainers.direction import DirectionalCurvature, curvature_along, escape_displacements
 from escape_inference.trainers.escape import EscapeRecord, UnstableMinimum, measure_escape
+from escape_inference.trainers.exits import Exit, Exits, find_exits
 from escape_inference.trainers.hessian import HessianSpectrum, top_hessian
 from escape_inference.trainers.minima import Minima, train_minima
 from escape_inference.trainers.minimum import Minimum, train_minimum
@@ -18,6 +20,8 @@ __all__ = [
     "DecouplingCheck",
     "DirectionalCurvature",
     "EscapeRecord",
+    "Exit",
+    "Exits",
     "HessianSpectrum",
     "Minima",
     "Minimum",
@@ -33,7 +37,9 @@ __all__ = [
     "curvature_along",
     "decoupling_check",
     "escape_displacements",
+    "find_exits",
     "find_saddle",
+    "measure_crossings",
     "learning_rate_levels",
     "measure_escape",
     "measure_ramp",
