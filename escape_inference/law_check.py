@@ -186,7 +186,7 @@ def _settings(law: Law, table: str | Path | pd.DataFrame | None) -> Iterator[tup
 def _compiled(law: Law) -> Callable[..., Any]:
     """``(values [draw], setting) -> log rates, their slopes by values and by setting, temperatures``, one row a draw."""
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
     def evaluate(values: dict[str, Any], setting: Setting) -> tuple[Any, ...]:
         size = setting.learning_rate.shape
 

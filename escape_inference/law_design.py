@@ -11,6 +11,7 @@ from escape_inference.worlds import rate_targets, spread_minima
 
 RELAXATION = 0.1  # eta h* to aim at by the batch size
 COLDEST = 1e-3  # lowest temperature
+LARGEST = 1.0  # eta h*: beyond 2 gradient descent diverges
 HALVINGS = 40
 
 
@@ -29,7 +30,7 @@ def make_law_design(
     """A design whose learning rates are those at which the law's rates are in the range that can be measured.
 
     The minima and the rates to aim at are those of :func:`escape_inference.worlds.make_design`. Where the law's rate does
-    not reach them between a temperature of 0.001 and one of twice the log barrier, the nearer end is taken; where it hardly
+    not reach them between a temperature of 0.001 and one of twice the log barrier or eta h* = 1, the nearer end is taken; where it hardly
     depends on the learning rate, eta h* is 0.03 to 0.3.
 
     Args:
@@ -67,6 +68,7 @@ def make_law_design(
         unit = law_temperature(law, design.assign(learning_rate=1.0), values, barrier)
         cold = COLDEST / unit
         hot = 2 * np.log((design["loss_barrier"] / design["loss_minimum"]).to_numpy()) / unit
+        hot = np.maximum(np.minimum(hot, LARGEST / hessian), 2 * cold)
         flat = np.abs(rate(hot) - rate(cold)) < np.log(2)
         for _ in range(HALVINGS):
             middle = np.sqrt(cold * hot)
