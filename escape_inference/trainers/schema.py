@@ -149,7 +149,7 @@ class SaddleSection(Section):
     search_batch_size: Count | None = None
     search_runs: Count = 16
     search_steps: Count = 5000
-    threshold: AboveOne = 4.0
+    threshold: AboveOne = 10.0
     descent_steps: Count = 20_000
     candidates: Count = 4
     images: Annotated[int, Field(ge=3)] = 15

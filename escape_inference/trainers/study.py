@@ -36,7 +36,7 @@ A study names data and a network, how to train the minima, and under which condi
 
     [[saddles]]
     search_temperature = [0.2, 0.4]    # η h*/B of runs that leave the minimum; or search_learning_rate
-    threshold = 4.0                    # they stop above 4 L* (or after search_steps) and go down to where they belong
+    threshold = 10.0                   # they stop above 10 L* (or after search_steps) and go down to where they belong
     barrier_over_temperature = [4, 6]  # log(L^s/L*)/T of the escapes timed; or learning_rate, or temperature
     batch_size = 8
     replicas = 32

@@ -1,5 +1,7 @@
 """Narrow networks and small data whose minima have barriers between them, for saddles.toml and reproduce_saddles.py."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,19 +33,21 @@ def digits(samples: int = 500, dimension: int = 6) -> tuple[Float[np.ndarray, "n
 
 
 def apply(params: dict[str, Array], inputs: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """Two layers: the sum of two tanh units, which can change places."""
+    """Two layers: the sum of tanh units, which can change places."""
     return jnp.sum(jnp.tanh(inputs @ params["w"]), axis=1)
 
 
-class TwoUnits:
-    """The network, as studies want one."""
+@dataclass(frozen=True)
+class Committee:
+    """The network, as studies want one: the sum of so many tanh units."""
 
-    @staticmethod
-    def init(key: Key[Array, ""], inputs: Float[Array, "n d"]) -> dict[str, Array]:
+    units: int = UNITS
+
+    def init(self, key: Key[Array, ""], inputs: Float[Array, "n d"]) -> dict[str, Array]:
         """Initial weights."""
-        return {"w": 0.5 * jax.random.normal(key, (inputs.shape[1], UNITS))}
+        return {"w": 0.5 * jax.random.normal(key, (inputs.shape[1], self.units))}
 
     apply = staticmethod(apply)
 
 
-network = TwoUnits()
+network = Committee()
