@@ -44,6 +44,17 @@ def _student_excess(
     return scipy.stats.f.rvs(dimension, freedom, size=shape, random_state=rng) * dimension / freedom / growth
 
 
+@pytest.mark.parametrize(("exponent", "growth"), [(1.03, 0.5), (1.2, 2.0), (11.0, 1.0), (60.0, 5.0)])
+def test_condensed_samples_have_the_likelihood_of_all_of_them(exponent: float, growth: float) -> None:
+    excess = _student_excess(np.random.default_rng(9), exponent, 1.0, 1, (10_000,))
+    points, weights = stationary.condense(excess)
+    with jax.enable_x64(True):
+        law = stationary.LossPower(exponent, growth, 1)
+        whole, condensed = float(law.log_prob(excess).sum()), float(weights @ law.log_prob(points))
+    assert weights.sum() == pytest.approx(10_000, rel=1e-12)
+    assert condensed == pytest.approx(whole, abs=1e-3)
+
+
 @pytest.mark.parametrize("dimension", [1, 3])
 def test_density_of_a_power_of_the_loss_is_the_multivariate_student_of_scipy(dimension: int) -> None:
     exponent, growth = 4.2, 0.7
@@ -60,7 +71,7 @@ def test_posterior_of_the_exponent_finds_the_exponents_that_made_the_samples() -
     rng, dimension = np.random.default_rng(2), np.array([1, 4, 1])
     truth, growth = np.array([3.0, 9.0, 40.0]), np.array([1.0, 1.0, 1.0])
     excess = np.array([_student_excess(rng, *one, (3000,)) for one in zip(truth, growth, dimension, strict=True)])
-    draws = stationary.posterior(stationary.exponent_model, excess, np.ones(3), dimension, True)["phi"]
+    draws = stationary.posterior(stationary.exponent_model, excess, np.full(3, 3000), dimension, True)["phi"]
     assert np.all(np.abs(draws.mean(axis=0) - truth) < 3.5 * draws.std(axis=0))
     # for large phi the density is Gaussian and its width known to a relative error of sqrt(2/n)
     assert draws[:, 2].std() / 40 == pytest.approx(np.sqrt(2 / 3000), rel=0.1)
@@ -68,15 +79,15 @@ def test_posterior_of_the_exponent_finds_the_exponents_that_made_the_samples() -
 
 def test_samples_that_count_for_a_quarter_double_the_width_of_the_posterior() -> None:
     excess = np.repeat(_student_excess(np.random.default_rng(3), 6.0, 1.0, 2, (1, 4000)), 2, axis=0)
-    weight, dimension = np.array([1.0, 0.25]), np.array([2, 2])
-    widths = stationary.posterior(stationary.exponent_model, excess, weight, dimension, True)["phi"].std(axis=0)
+    effective, dimension = np.array([4000, 1000]), np.array([2, 2])
+    widths = stationary.posterior(stationary.exponent_model, excess, effective, dimension, True)["phi"].std(axis=0)
     assert widths[1] / widths[0] == pytest.approx(2.0, rel=0.15)
 
 
 def test_shape_of_the_density_is_found_where_it_is_no_power_of_the_loss() -> None:
     rng = np.random.default_rng(4)
     excess = np.array([_student_excess(rng, 2.5, growth, 1, (6000,)) for growth in (1.0, 2.0)])
-    growth = stationary.posterior(stationary.growth_model, excess, np.ones(2), np.ones(2), True)["growth"]
+    growth = stationary.posterior(stationary.growth_model, excess, np.full(2, 6000), np.ones(2), True)["growth"]
     assert np.all(np.abs(growth.mean(axis=0) - [1.0, 2.0]) < 3.5 * growth.std(axis=0))
     assert np.quantile(growth[:, 1], 0.05) > 1.0
 
