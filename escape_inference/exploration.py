@@ -96,31 +96,49 @@ def explore(
 
     ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
     """
-    tabulated = _can_be_tabulated(law, inputs, shapes)
-    if not tabulated:
-        inputs = _with_passage_tables(law, inputs)
+    nothing = Evidence(float("nan"), float("nan"), "none")
     itself = _itself(law, inputs, shapes)
     dim = len(itself.used)
-    nothing = Evidence(float("nan"), float("nan"), "none")
-    problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
-    _tempered(_blank(problem, "wide") if tabulated else itself, observed, seed, size, only_compile=True)
-    if announce is not None:
-        announce(_blank(problem, "near") if tabulated else itself, observed)
-    if tabulated:
+    problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
+    tabulated = _can_be_tabulated(law, inputs, shapes)
+    if tabulated and announce is not None:
+        announce(_blank(problem, "near"), observed)
+    table = None
+    if tabulated and len(_tabulated(law, inputs)) < SLOTS:  # with more, no table is good all over the prior
+        _tempered(_blank(problem, "wide"), observed, seed, size, only_compile=True)
         offset, scale = _prior_scales(law, inputs)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
-        if table is not None:
-            problem = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
-    evidence, outcome = _tempered(problem.target, observed, seed, size)
+    if table is not None:
+        scout = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
+    else:
+        splines = with_passage_tables(law, inputs)
+        scout = replace(problem, prior_inputs=splines, target=_itself(law, splines, shapes))
+        if not tabulated:
+            scout = replace(scout, inputs=splines, near_inputs=splines)
+            if announce is not None:
+                announce(scout.target, observed)
+    evidence, outcome = _tempered(scout.target, observed, seed, size)
     assert outcome is not None
     z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
     weight = np.asarray(outcome.weights).ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)
     particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
-    problem = replace(problem, evidence=evidence, particles=particles)
-    return focus(replace(problem, evidence=_without_table(problem)), particles)
+    scout = replace(scout, evidence=evidence, particles=particles)
+    if not tabulated:
+        return scout
+    return focus(_in_slots(replace(scout, evidence=_of_the_law_itself(scout))))
+
+
+def _in_slots(scout: Problem) -> Problem:
+    """The problem with its particles in standard normal slots, where they are not so already."""
+    if scout.target.inputs.surrogate is not None:
+        return scout
+    target = _blank(scout, "near")
+    particles = np.zeros((len(scout.particles), int(target.used.max()) + 1))
+    particles[:, target.used] = (scout.particles - target.offset) / target.scale
+    return replace(scout, target=target, particles=particles)
 
 
 def _tempered(
@@ -142,9 +160,9 @@ def _blank(problem: Problem, extent: str) -> Target:
     return _slots(replace(inputs, surrogate=table), law, offset, scale)
 
 
-def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
-    """The same problem with the law's rates tabulated around some points of the target, if they are tabulated at all."""
-    target = problem.target
+def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = None) -> Problem:
+    """The same problem with the law's rates tabulated around some points of the target (the particles), if they are tabulated at all."""
+    target, points = problem.target, problem.particles if points is None else points
     if target.inputs.surrogate is None:
         return problem
     z = target.to_model(points)
@@ -156,7 +174,7 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
     return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
 
 
-def _with_passage_tables(law: Law, inputs: Inputs) -> Inputs:
+def with_passage_tables(law: Law, inputs: Inputs) -> Inputs:
     """The threshold laws as splines where the settings are latent, so that the sampler need not integrate."""
     spread = float(
         np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
@@ -235,10 +253,10 @@ def table_error(
     return float(np.max(np.abs(error - error.mean())))
 
 
-def _without_table(problem: Problem) -> Evidence:
-    """The evidence of the law itself from that of its table: the mean likelihood ratio over particles of the posterior."""
+def _of_the_law_itself(problem: Problem) -> Evidence:
+    """The evidence of the law from that of its table or spline: the mean likelihood ratio over particles of the posterior."""
     evidence = problem.evidence
-    if problem.target.inputs.surrogate is None:
+    if problem.target.inputs.surrogate is None and problem.target.inputs.passage is None:
         return evidence
     log_ratio = _exact_minus_table(problem, problem.particles, PriorWidths())
     shift = logsumexp(log_ratio) - np.log(CHECKED)
@@ -253,35 +271,31 @@ def _without_table(problem: Problem) -> Evidence:
 def _exact_minus_table(
     problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths
 ) -> Float[np.ndarray, " checked"]:
-    """Log-likelihood by the law minus that by its table, at as many of the points as are checked."""
+    """Log-likelihood by the law minus that by its table or spline, at as many of the points as are checked."""
     z = points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
     table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
-    assert table is not None
     count = len(problem.target.used) - 2
     exact = jnp.asarray(_law_rates(problem, model))
-    prefactor, discrepancy = (
-        jnp.asarray(model[:, count]),
-        discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy),
-    )
-    slots = {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)}
-    one, other = _scores(table, slots, exact, prefactor, discrepancy, problem.observed)
-    return np.asarray(one - other)
+    prefactor = jnp.asarray(model[:, count])
+    discrepancy = discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy)
+    if table is None:
+        other = jnp.asarray(_law_rates(replace(problem, inputs=problem.target.inputs), model))
+    else:
+        other = _table_rates(table, {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)})
+    one, two = (_scores(rates + prefactor[:, None], discrepancy, problem.observed) for rates in (exact, other))
+    return np.asarray(one - two)
+
+
+@jax.jit
+def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "point condition"]:
+    return jax.vmap(table)(slots)
 
 
 @jax.jit
 def _scores(
-    table: Surrogate,
-    slots: dict[str, Array],
-    exact: Array,
-    prefactor: Array,
-    discrepancy: Array,
-    observed: Observations,
-) -> tuple[Array, Array]:
-    def score(rate: Array, prefactor: Array, discrepancy: Array) -> Array:
-        return jnp.sum(marginal_log_likelihood(rate + prefactor, discrepancy, observed))
-
-    tabulated = jax.vmap(table)(slots)
-    return jax.vmap(score)(exact, prefactor, discrepancy), jax.vmap(score)(tabulated, prefactor, discrepancy)
+    log_rate: Float[Array, "point condition"], discrepancy: Float[Array, " point"], observed: Observations
+) -> Float[Array, " point"]:
+    return jax.vmap(lambda rate, sigma: jnp.sum(marginal_log_likelihood(rate, sigma, observed)))(log_rate, discrepancy)
 
 
 def with_surrogate(

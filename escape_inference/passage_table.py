@@ -22,7 +22,8 @@ from escape_inference.passage import LOOK_SHIFT, log_leading_rate, log_mean_pass
 if TYPE_CHECKING:
     from escape_inference.law import Law, Setting
 
-STEPS = (0.25, 0.25, 0.3, 0.4)  #: grid steps in log T, log (c − 1), log n, q
+STEPS = (0.25, 0.25, 0.3)  #: grid steps in log T, log (c − 1), log n
+STEPS_WITH_EXPONENT = (0.35, 0.35, 0.4, 0.5)  #: the same and q, where q varies
 LOG_TEMPERATURES = (-6.0, 5.0)
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(150.0)))
 EXPONENTS = (-1.5, 2.7)
@@ -91,9 +92,9 @@ def build_passage_table(
     """
     law = log_leading_rate if start == "quasi_stationary" else log_mean_passage_rate
     ranges = [LOG_TEMPERATURES, log_excess, LOG_DIMENSIONS] + ([EXPONENTS] if noise_exponent is None else [])
-    low = np.array([bounds[0] - MARGIN * step for bounds, step in zip(ranges, STEPS, strict=False)])
-    step = np.array(STEPS[: len(ranges)])
-    counts = [int(np.ceil((b - a) / s)) + 1 + 2 * MARGIN for (a, b), s in zip(ranges, STEPS, strict=False)]
+    step = np.array(STEPS if noise_exponent is not None else STEPS_WITH_EXPONENT)
+    low = np.array([bounds[0] - MARGIN * width for bounds, width in zip(ranges, step, strict=True)])
+    counts = [int(np.ceil((b - a) / s)) + 1 + 2 * MARGIN for (a, b), s in zip(ranges, step, strict=True)]
     axes = [a + s * np.arange(k) for a, s, k in zip(low, step, counts, strict=True)]
     grid = [x.ravel() for x in np.meshgrid(*axes, indexing="ij")]
     values = _smooth_part(law, grid, noise_exponent).reshape(counts)
