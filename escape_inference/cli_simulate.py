@@ -126,8 +126,10 @@ def check_law(
 
     Example: escape-inference check-law my_law.py --table data/mnist_two_class.csv
     """
+    from escape_inference.cli import _keep_compiled_programs
     from escape_inference.law_check import check_law as run
 
+    _keep_compiled_programs()
     if not quiet:
         typer.echo("evaluating the law at draws from its prior", err=True)
     report = run(law, table, fits=fits, seed=seed)

@@ -17,7 +17,7 @@ DRAWS = 60
 OTHER_TIME, OTHER_LOSS = 37.0, 0.0043  #: factors of the other units
 TOLERANCE = 1e-5  #: nats by which a log rate may change with the units
 SLOWEST, FASTEST = 1e-9, 10.0  #: of a rate over h* that could be an escape that somebody sees
-NARROWEST, BROADEST = 0.05, 150.0  #: nats, spread of the mean log rate over the prior
+NARROWEST, BROADEST = 0.05, 500.0  #: nats, between which the log rate of the typical condition spreads over the prior
 OUTSIDE = 0.2  #: share of measured rates that may lie outside the central 99 % of the prior
 
 
@@ -234,8 +234,7 @@ def sane_prior(law: Law, kinds: list[Kind]) -> Finding:
     for kind in kinds:
         ratio = kind.log_rate - np.log(np.asarray(kind.setting.hessian_minimum))
         low, middle, high = np.quantile(ratio, [0.05, 0.5, 0.95])
-        mean = ratio.mean(axis=1)
-        spread = float(np.subtract(*np.quantile(mean, [0.95, 0.05])))
+        spread = float(np.subtract(*np.quantile(np.median(ratio, axis=1), [0.95, 0.05])))
         found, remedy = "", ""
         if high < np.log(SLOWEST):
             found = f"95 % of the rates are below {_power(high)} h*: nobody would see such an escape"
@@ -244,10 +243,10 @@ def sane_prior(law: Law, kinds: list[Kind]) -> Finding:
             found = f"half of the rates are above {_power(middle)} h*: nothing escapes faster than it relaxes"
             remedy = "Shift the medians towards smaller temperatures or rates"
         elif spread > BROADEST:
-            found = f"the mean log rate spreads over {spread:.0f} (90 % of draws), {spread / np.log(10):.0f} decades"
+            found = f"the rate of a typical condition spreads over {spread / np.log(10):.0f} decades (90 % of draws)"
             remedy = "Narrow the widths: a width of 0.7 is a factor of 2 either way"
         elif kind.values and spread < NARROWEST:
-            found = f"the prior fixes the mean rate within {np.expm1(spread):.1%}: the data could not move it"
+            found = f"the prior fixes the rate of a typical condition within {np.expm1(spread):.1%}: the data could not move it"
             remedy = "Widen the priors to what is really known"
         if found:
             return Finding(rule, False, f"({kind.name}) {found}", remedy)
