@@ -63,7 +63,7 @@ def test_the_law_of_the_user_is_loaded_from_its_file(folder):
 
 
 def test_the_commands_name_subcommands_options_files_and_laws_that_exist():
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     for line in re.findall(r"escape-inference ([^`\n]+)", TEXT):
         assert line.split()[0] in commands, line
     for path in re.findall(r"(?:data|scripts)/[\w/]+\.\w+", TEXT):
