@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
 @partial(
     jax.jit,
     static_argnames=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
+    compiler_options={"xla_llvm_disable_expensive_passes": True},  # compiles faster and runs as fast
 )
 def tempered_log_evidences(
     data: Any,
