@@ -4,7 +4,7 @@
 
 The published set-up: the first 10^4 samples of MNIST, even digits +1 and odd ones -1, two hidden layers of 100 ReLU,
 eta = 0.01, B = 100, spectra at initialisation and after 50 and 500 epochs. Here the 5,000 digits that ship with the project
-take their place. Independent runs differ in initialisation, in batches and in the 1,500 of these digits whose gradients make
+take their place. Independent runs differ in initialisation, in batches and in the 1,000 of these digits whose gradients make
 the spectra; intervals are those of one further run of this kind, wider than those of the mean over runs.
 
 The two spectra are compared rank by rank. ``Large`` are the first eigenvalues, which together make 90 % of the trace and so of
@@ -53,7 +53,7 @@ class Design:
     runs: int
 
 
-FULL = Design(1500, (0, 50, 500), 4)
+FULL = Design(1000, (0, 50, 500), 4)
 QUICK = Design(300, (0, 5, 50), 3)
 
 
