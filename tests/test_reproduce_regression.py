@@ -137,6 +137,8 @@ def test_rates_of_the_theory_are_those_of_the_reference_integral_with_the_thresh
 
 def test_most_intervals_must_contain_the_truth() -> None:
     assert passage._verdict(5, 5) == "agree"
+    assert passage._verdict(4, 5) == "agree"
+    assert passage._verdict(3, 5) == "cannot tell"
     assert passage._verdict(2, 5) == "differ"
     assert passage._verdict(0, 0) == "cannot tell"
 
