@@ -35,7 +35,10 @@ def landscape(name: str) -> Callable:
     def bowl(x: jax.Array, y: jax.Array) -> jax.Array:
         return 0.2 + 1.5 * x**2 + 0.4 * y**2
 
-    chosen = {"tilted": tilted, "cubic": cubic, "bent": bent, "bowl": bowl}[name]
+    def hilltop(x: jax.Array, y: jax.Array) -> jax.Array:
+        return 0.3 + 1.5 * (x**2 - 1) ** 2 + 0.5 * y**4 - 0.5 * y**2 + x**2 * y**2
+
+    chosen = {"hilltop": hilltop, "tilted": tilted, "cubic": cubic, "bent": bent, "bowl": bowl}[name]
     return lambda prediction, target: chosen(prediction[0], prediction[1]) + 0 * target[0]
 
 
@@ -100,6 +103,16 @@ def test_the_saddle_of_a_two_layer_linear_network() -> None:
     assert saddle.loss_barrier == pytest.approx(0.5 * 1.5**2 * square, rel=1e-5)
     assert saddle.hessian_saddle == pytest.approx(1.5 * square, rel=1e-3)
     assert saddle.lowest == pytest.approx([-1.5 * square, 1.5 * square], rel=1e-3)
+
+
+def test_a_path_over_a_hilltop_is_led_off_it_to_a_saddle() -> None:
+    """Both minima lie on y = 0, as does the hilltop between them; the saddles are at y = +-sqrt(0.5), lower by 0.125."""
+    saddle = crossing("hilltop", [-1.0, 0.0], [1.0, 0.0], refine_iterations=200)
+    assert saddle.converged, saddle.note
+    assert np.abs(np.asarray(saddle.params)) == pytest.approx([0, 0.5**0.5], abs=1e-3)
+    assert saddle.loss_barrier == pytest.approx(0.3 + 1.5 - 0.125, rel=1e-4)
+    assert saddle.hessian_saddle == pytest.approx(6 - 1, rel=1e-3)
+    assert saddle.lowest[1] == pytest.approx(2, rel=1e-3)
 
 
 def test_a_gradient_that_is_left_is_said_and_counted_as_an_error() -> None:

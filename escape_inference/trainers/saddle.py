@@ -35,6 +35,8 @@ MIXED = 1e-3
 """Share of random directions in a starting vector that may be an eigenvector."""
 FLATTEST = 1e-4
 """Smallest curvature that Newton's step of the search uses, over the largest one."""
+PUSHES = 5
+"""How often the search goes on, pushed along the second direction, from a stationary point with two that lead down."""
 SAFE = 0.5
 """Learning rate of descents, over one divided by the largest curvature."""
 
@@ -98,7 +100,8 @@ def find_saddle(
 
     A path is relaxed by the string method; from its highest point the search climbs along the lowest eigenvector of the
     Hessian and descends in every other direction by Newton's step (min-mode following; Henkelman and Jonsson, J. Chem.
-    Phys. 111, 7010, 1999), until the gradient is small. Between minima of wide networks
+    Phys. 111, 7010, 1999), until the gradient is small; from a stationary point with a second direction that leads down, as
+    a symmetric path may have, it goes on along that. Between minima of wide networks
     the barrier may vanish as the path relaxes (Draxler et al., ICML 2018): then there is no saddle, and ``note`` says so.
 
     Args:
@@ -152,15 +155,25 @@ def find_saddle(
     longest = LARGEST_STEP * float(jnp.linalg.norm(path[1] - path[0]))
     tangent = path[highest + 1] - path[highest - 1]
     search = _compiled_search(problem.recipe, min(LANCZOS, problem.dimension))
+    pushes = 0
     for step in range(refine_iterations):
         numbers = jnp.float32(rate), jnp.float32(longest)
         new, tangent, slope = search(problem.params, point, tangent, *numbers, problem.inputs, problem.targets)
         if progress:
             progress(step + 1, refine_iterations, f"saddle, gradient norm {float(slope):.2g}")
         if not float(slope) > gradient_norm:
-            break
+            values, _, vectors = _lowest(replace(problem, params=unravel(point)))
+            if pushes == PUSHES or (values < -NEGLIGIBLE * curvature).sum() < 2:
+                break
+            pushes += 1
+            new = point + longest * jnp.asarray(vectors[1])
         point = new
     return _describe(problem, unravel(point), heights, gradient_norm, curvature, "")
+
+
+def _lowest(there: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The lowest eigenvalues, their residuals and eigenvectors."""
+    return eigenpairs(there, "hessian", min(LOWEST, there.dimension), min(LANCZOS, there.dimension), lowest=True)
 
 
 def _top(problem: Problem, params: PyTree) -> float:
@@ -212,7 +225,7 @@ def _describe(
     slope = ravel_pytree(gradient)[0]
     norm = float(jnp.linalg.norm(slope))
     iterations = min(LANCZOS, problem.dimension)
-    values, residuals, vectors = eigenpairs(there, "hessian", min(LOWEST, problem.dimension), iterations, lowest=True)
+    values, residuals, vectors = _lowest(there)
     negative = int((values < -NEGLIGIBLE * curvature).sum())
     error = 0.0
     if norm > 0:
