@@ -57,6 +57,23 @@ def test_the_spectrum_of_a_network_is_that_of_the_dense_matrix(part: str) -> Non
     assert abs(exact[1] - np.linalg.eigvalsh(dense("hessian" if part != "hessian" else "gauss_newton"))[-2]) > 0.01
 
 
+def test_the_residual_is_that_of_the_matrix_while_the_iteration_has_not_converged() -> None:
+    matrix = dense("hessian")
+    for iterations in (8, 12, 16):
+        found = top_hessian(*small_network(), k=5, iterations=iterations)
+        exact = np.linalg.norm(found.eigenvectors @ matrix - found.eigenvalues[:, None] * found.eigenvectors, axis=1)
+        assert found.residuals == pytest.approx(exact, rel=0.02, abs=3e-6 * found.top)
+        assert exact.max() > 1e-3 * found.top
+
+
+def test_every_copy_of_a_repeated_eigenvalue_is_found() -> None:
+    """One starting vector spans only one of them; the others come from outside of what it spans."""
+    found = top_hessian(*rotated(4.0, 4.0, 4.0, 1.0, 1.0, 0.5), k=5)
+    assert found.eigenvalues == pytest.approx([4, 4, 4, 1, 1], rel=1e-4)
+    assert found.eigenvectors @ found.eigenvectors.T == pytest.approx(np.eye(5), abs=1e-5)
+    assert found.converged.all()
+
+
 @pytest.mark.parametrize("layers", ["['first']", "['second']['weight']", "['scale']"])
 def test_a_layer_has_the_spectrum_of_its_own_block(layers: str) -> None:
     apply, params, inputs, targets = small_network()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -141,3 +142,29 @@ def product_with(
     backward = jax.linear_transpose(forward, flat)
     curve = jax.linearize(jax.grad(loss_of), predictions)[1]
     return lambda vector: mask * backward(curve(forward(mask * vector)))[0]
+
+
+def linear_map(problem: Problem, part: str) -> Callable[[Array | np.ndarray], Float[Array, " p"]]:
+    """The compiled map of a flat vector v to M v of ``product_with``; what does not depend on v is computed here, once.
+
+    M is symmetric, so the map is its transpose, which JAX hands out of compiled code together with what it has stored.
+
+    >>> problem = make_problem(lambda w, x: x @ w, jnp.zeros(2), jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.zeros(2))
+    >>> linear_map(problem, "hessian")(jnp.array([1.0, 2.0])).tolist()
+    [4.5, 1.0]
+    """
+    transpose = _compiled_transpose(problem.recipe, part)(problem.params, problem.mask, problem.inputs, problem.targets)
+    return lambda vector: _call(transpose, vector)
+
+
+@lru_cache(maxsize=32)
+def _compiled_transpose(recipe: Recipe, part: str) -> Callable:
+    def transpose(params: PyTree, mask: Array, inputs: Array, targets: Array) -> Callable:
+        return jax.vjp(product_with(recipe, part, params, mask, inputs, targets), jnp.zeros_like(mask))[1]
+
+    return jax.jit(transpose)
+
+
+@jax.jit
+def _call(transpose: Callable, vector: Array | np.ndarray) -> Array:
+    return transpose(vector)[0]

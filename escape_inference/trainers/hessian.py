@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
-from matfree import decomp
+from scipy.linalg import eigh_tridiagonal
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.curvature import Problem, make_problem, product_with
+from escape_inference.trainers.curvature import Problem, linear_map, make_problem
 from escape_inference.trainers.direction import sampling_error
 from escape_inference.trainers.losses import Apply, SampleLoss
 from escape_inference.trainers.minimum import Minimum
 from escape_inference.trainers.outliers import OutlierCount, count_outliers
-from escape_inference.trainers.sgd import Recipe
 
 CONVERGED = 1e-3
 """A Ritz value counts as an eigenvalue when its residual is below this fraction of the largest one."""
+TOLERANCE = 1e-5
+"""The iteration ends when all residuals are below this fraction of the largest eigenvalue. Far smaller than the gaps
+between eigenvalues, so that one which enters late is not overlooked."""
+CHECK_INTERVAL = 3
+"""Iterations between two looks at the residuals."""
+ROUNDING = 1e-6
+"""Couplings below this fraction of the matrix are rounding errors of single precision."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def top_hessian(
 ) -> HessianSpectrum:
     """The ``k`` largest eigenvalues of the full-batch Hessian.
 
-    Lanczos with full reorthogonalisation (Lanczos 1950; ``matfree``): without it single precision shows ghost copies of
-    the outliers. The residuals are computed from the eigenvectors, not from the recursion.
+    Lanczos with full reorthogonalisation (Lanczos 1950): without it single precision shows ghost copies of the outliers.
+    The Hessian is linearised once, so that a product repeats nothing that does not depend on the vector.
 
     Args:
         apply: ``(params, inputs) -> predictions``, any JAX function.
@@ -81,7 +83,7 @@ def top_hessian(
         layers: only the block of the parameters whose path begins so, such as ``.layers[0]``; see ``layer_names``.
         subsample: use this many random samples instead of all; a different matrix, so the residual is then only part of
             the error.
-        iterations: Lanczos iterations, at least k; None: ``2 k + 20``.
+        iterations: Lanczos iterations at most, at least k; None: ``2 k + 20``.
         loss: as in ``train_minimum``.
         seed: of the starting vector and of the subsample.
 
@@ -89,6 +91,7 @@ def top_hessian(
         InputError: an argument that cannot be used, or a Hessian that is not finite.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> curvatures = jnp.array([[3.0, 0.0], [0.0, 1.0]])
         >>> spectrum = top_hessian(lambda theta, x: x @ theta, jnp.zeros(2), curvatures, jnp.zeros(2), k=2)
         >>> spectrum.eigenvalues.round(4).tolist(), spectrum.converged.tolist()
@@ -119,37 +122,62 @@ def top_hessian(
 
 
 def eigenpairs(
-    problem: Problem, part: str, k: int, iterations: int, *, lowest: bool = False
+    problem: Problem, part: str, k: int, iterations: int, *, lowest: bool = False, tolerance: float = TOLERANCE
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k p"]]:
     """Eigenvalues from one end of the spectrum, outermost first, their residuals and their eigenvectors.
+
+    At most ``iterations`` products are made, fewer where all residuals fall below ``tolerance`` of the largest
+    eigenvalue before. Each new vector is made orthogonal to all the old ones, and once more if little of it is left
+    (Daniel, Gragg, Kaufman and Stewart 1976). What that takes away is missing from the tridiagonal matrix, so it
+    belongs to the residual, beside the coupling of the last vector: ``H Q = Q (T + C) + beta q e^T``.
 
     Raises:
         InputError: a Hessian that is not finite.
     """
-    found = _compiled_lanczos(problem.recipe, part, k, iterations, -1 if lowest else 1)(
-        problem.params, problem.mask, problem.start(), problem.inputs, problem.targets
-    )
-    eigenvalues, residuals = (np.asarray(result, float) for result in found[:2])
-    if not np.all(np.isfinite(eigenvalues)):
-        raise InputError("the Hessian is not finite at these parameters.")
-    return eigenvalues, residuals, np.asarray(found[2])
+    product, sign = linear_map(problem, part), -1.0 if lowest else 1.0
+    basis = np.empty((iterations, len(problem.mask)), np.float32)
+    diagonal, couplings, taken = (np.zeros(iterations) for _ in range(3))
+    vector, _ = _orthogonal(np.asarray(problem.start()), basis[:0])
+    for done in range(1, iterations + 1):
+        basis[done - 1] = vector
+        image = sign * np.asarray(product(vector))
+        diagonal[done - 1] = vector @ image
+        if not np.isfinite(diagonal[done - 1]):
+            raise InputError("the Hessian is not finite at these parameters.")
+        image = image - np.float32(diagonal[done - 1]) * vector
+        if done > 1:
+            image -= np.float32(couplings[done - 2]) * basis[done - 2]
+        rest, taken[done - 1] = _orthogonal(image, basis[:done])
+        couplings[done - 1] = rest @ image
+        size = max(np.abs(diagonal[:done]).max(), couplings[: done - 1].max(initial=0.0))
+        if couplings[done - 1] <= ROUNDING * size:  # the vectors span an invariant subspace: go on from outside of it
+            taken[done - 1], couplings[done - 1] = np.hypot(taken[done - 1], couplings[done - 1]), 0.0
+            rest, _ = _orthogonal(np.asarray(problem.start(done)), basis[:done])
+        vector = rest
+        if done == iterations or (done >= k and done % CHECK_INTERVAL == 0):
+            values, mixing = eigh_tridiagonal(diagonal[:done], couplings[: done - 1])
+            values, mixing = values[::-1][:k], mixing[:, ::-1][:, :k]
+            residuals = np.hypot(couplings[done - 1] * np.abs(mixing[-1]), np.sqrt(taken[:done] ** 2 @ mixing**2))
+            if residuals.max() < tolerance * np.abs(values).max():
+                break
+    vectors = mixing.T.astype(np.float32) @ basis[:done]
+    return sign * values, residuals, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@lru_cache(maxsize=32)
-def _compiled_lanczos(recipe: Recipe, part: str, k: int, iterations: int, sign: int) -> Callable:
-    def spectrum(
-        params: PyTree, mask: Array, start: Array, inputs: Array, targets: Array
-    ) -> tuple[Array, Array, Array]:
-        forward = product_with(recipe, part, params, mask, inputs, targets)
+def _orthogonal(
+    vector: Float[np.ndarray, " p"], basis: Float[np.ndarray, "m p"]
+) -> tuple[Float[np.ndarray, " p"], float]:
+    """The unit vector along the part of a vector that is orthogonal to the rows, and the length of the other part.
 
-        def product(vector: Array) -> Array:
-            return sign * forward(vector)
-
-        basis, matrix, *_ = decomp.tridiag_sym(iterations, reortho="full", custom_vjp=False)(product, start)
-        values, vectors = jnp.linalg.eigh(matrix)
-        values, vectors = values[::-1][:k], (vectors.T @ basis)[::-1][:k]
-        vectors = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
-        images = jax.lax.map(product, vectors)
-        return sign * values, jnp.linalg.norm(images - values[:, None] * vectors, axis=1), vectors
-
-    return jax.jit(spectrum)
+    Zeros instead, where nothing but rounding errors is left.
+    """
+    within = np.zeros(len(basis), np.float32)
+    length = before = np.linalg.norm(vector)
+    for _ in range(3):
+        overlap = basis @ vector
+        vector, within = vector - overlap @ basis, within + overlap
+        after = np.linalg.norm(vector)
+        if after > 0.7 * before:
+            return vector / after, float(np.linalg.norm(within))
+        before = after
+    return np.zeros_like(vector), float(length)
