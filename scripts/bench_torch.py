@@ -1,22 +1,28 @@
 """The same work in PyTorch, for scripts/bench_trainers.py: run it in an environment that has torch and numpy, nothing else.
 
-    python scripts/bench_torch.py [--steps 400] [--replicas 16] [--skip-lanczos]
+    python scripts/bench_torch.py sgd BATCH [--steps 400] [--replicas 16]
+    python scripts/bench_torch.py lanczos MINIMUM.npz
 
-Prints replica-iterations per second of SGD on the 784-100-100-100-1 ReLU network with 5,000 samples at B = 8 and B = 100: an
-eager loop in one process on each core (plain autograd, one thread each), and torch.func.vmap over replicas on all cores; and
-the seconds that the top 20 Hessian eigenvalues take by Lanczos with full reorthogonalisation on double-backward products. The
-inputs are random numbers, because the speed does not depend on them.
+Prints one line of JSON. ``sgd``: replica-iterations per second, and processor seconds for each, of SGD on the
+784-100-100-100-1 ReLU network with 5,000 samples: an eager loop in one process on each core (plain autograd, one thread
+each), and torch.func.vmap over replicas on all cores; the inputs are random numbers, because the speed does not depend on
+them. ``lanczos``: seconds for the largest Hessian eigenvalues at the minimum of that file (its weights, inputs and
+targets), on all cores and on one: double-backward products on a graph that is built once and kept, full
+reorthogonalisation, and the stopping rule of ``escape_inference.trainers.hessian``.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
 SAMPLES = 5000
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def network() -> nn.Sequential:
@@ -34,8 +40,8 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.sign(torch.rand(SAMPLES, generator=generator) - 0.5)
 
 
-def eager(batch: int, steps: int) -> float:
-    """Iterations per second of one replica in one thread."""
+def eager(batch: int, steps: int) -> tuple[float, float]:
+    """Wall and processor seconds per iteration of one replica in one thread."""
     torch.set_num_threads(1)
     inputs, targets = data()
     model = network()
@@ -50,13 +56,13 @@ def eager(batch: int, steps: int) -> float:
                 torch._foreach_add_(params, slopes, alpha=-0.01)
 
     run(20)
-    began = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     run(steps)
-    return steps / (time.perf_counter() - began)
+    return (time.perf_counter() - wall) / steps, (time.process_time() - processor) / steps
 
 
-def vectorised(batch: int, replicas: int, steps: int) -> float:
-    """Replica-iterations per second of torch.func.vmap over replicas."""
+def vectorised(batch: int, replicas: int, steps: int) -> tuple[float, float]:
+    """Wall and processor seconds per replica-iteration of torch.func.vmap over replicas."""
     inputs, targets = data()
     models = [network() for _ in range(replicas)]
     params, _ = torch.func.stack_module_state(models)
@@ -76,67 +82,84 @@ def vectorised(batch: int, replicas: int, steps: int) -> float:
 
     params = {name: value.detach() for name, value in params.items()}
     params = run(5, params)
-    began = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     run(steps, params)
-    return replicas * steps / (time.perf_counter() - began)
+    count = replicas * steps
+    return (time.perf_counter() - wall) / count, (time.process_time() - processor) / count
 
 
-def lanczos(count: int, iterations: int) -> tuple[float, list[float]]:
-    """Seconds for the largest eigenvalues, and the first three of them."""
-    inputs, targets = data()
+def lanczos(path: str, count: int, iterations: int, tolerance: float, interval: int) -> dict[str, object]:
+    """Wall and processor seconds for the largest eigenvalues, the number of products, and what was found."""
+    stored = np.load(path)
+    inputs, targets = torch.from_numpy(stored["inputs"]), torch.from_numpy(stored["targets"])
     model = network()
     params = list(model.parameters())
+    with torch.no_grad():
+        for index, param in enumerate(params):
+            param.copy_(torch.from_numpy(stored[f"leaf{index}"]))
+    wall, processor = time.perf_counter(), time.process_time()
     loss = 0.5 * ((model(inputs)[:, 0] - targets) ** 2).mean()
     slopes = torch.autograd.grad(loss, params, create_graph=True)
     flat = torch.cat([slope.reshape(-1) for slope in slopes])
-
-    def product(vector: torch.Tensor) -> torch.Tensor:
+    basis = torch.empty(iterations, flat.numel())
+    diagonal, couplings = np.zeros(iterations), np.zeros(iterations)
+    vector = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(0))
+    vector /= vector.norm()
+    done = 0
+    while done < iterations:
+        basis[done] = vector
         images = torch.autograd.grad(flat, params, vector, retain_graph=True)
-        return torch.cat([image.reshape(-1) for image in images])
-
-    began = time.perf_counter()
-    vector = torch.randn(flat.numel())
-    basis, diagonal, off = [vector / vector.norm()], [], []
-    for _ in range(iterations):
-        image = product(basis[-1])
-        diagonal.append(float(image @ basis[-1]))
-        known = torch.stack(basis)
-        for _ in range(2):
-            image = image - known.T @ (known @ image)
-        off.append(float(image.norm()))
-        basis.append(image / off[-1])
-    matrix = (
-        torch.diag(torch.tensor(diagonal))
-        + torch.diag(torch.tensor(off[:-1]), 1)
-        + torch.diag(torch.tensor(off[:-1]), -1)
-    )
-    values, vectors = torch.linalg.eigh(matrix)
-    top = (torch.stack(basis[:-1]).T @ vectors.flip(1)[:, :count]).T
-    for vector in top:
-        product(vector)
-    return time.perf_counter() - began, values.flip(0)[:3].tolist()
+        image = torch.cat([part.reshape(-1) for part in images])
+        diagonal[done] = image @ vector
+        image -= diagonal[done] * vector
+        if done:
+            image -= couplings[done - 1] * basis[done - 1]
+        done += 1
+        image -= (basis[:done] @ image) @ basis[:done]
+        couplings[done - 1] = image.norm()
+        vector = image / couplings[done - 1]
+        if done == iterations or (done >= count and done % interval == 0):
+            matrix = np.diag(diagonal[:done]) + np.diag(couplings[: done - 1], 1) + np.diag(couplings[: done - 1], -1)
+            values, mixing = np.linalg.eigh(matrix)
+            residuals = couplings[done - 1] * np.abs(mixing[-1, ::-1][:count])
+            if residuals.max() < tolerance * values[-1]:
+                break
+    vectors = torch.from_numpy(np.ascontiguousarray(mixing[:, ::-1][:, :count].T, np.float32)) @ basis[:done]
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    assert len(vectors) == count
+    found = {"values": values[::-1][:count].tolist(), "residual": float(residuals.max() / values[-1])}
+    return {"wall": wall, "processor": processor, "products": done, **found}
 
 
-def main(steps: int, replicas: int, skip_lanczos: bool) -> None:
-    """Print everything."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    print(f"torch {torch.__version__}, {cores} cores")
-    for batch in (8, 100):
-        with multiprocessing.get_context("spawn").Pool(cores) as pool:
-            alone = sum(pool.starmap(eager, [(batch, steps)] * cores))
-        torch.set_num_threads(cores)
-        together = vectorised(batch, replicas, max(steps // 20, 5))
-        print(f"torch B {batch}: eager {alone:.0f}, vmap {together:.0f} replica-iterations/s")
-    if not skip_lanczos:
-        torch.set_num_threads(cores)
-        seconds, values = lanczos(20, 60)
-        print(f"torch Lanczos: {seconds:.2f} s for 20 eigenvalues, largest {', '.join(f'{v:.3g}' for v in values)}")
+def main() -> None:
+    """Read the arguments and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["sgd", "lanczos"])
+    parser.add_argument("argument", help="batch size, or file of the minimum")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--replicas", type=int, default=16)
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument("--interval", type=int, default=3)
+    given = parser.parse_args()
+    if given.work == "lanczos":
+        result: dict[str, object] = {}
+        for name, threads in (("all_cores", CORES), ("one_core", 1)):
+            torch.set_num_threads(threads)
+            result[name] = lanczos(given.argument, given.count, given.iterations, given.tolerance, given.interval)
+    else:
+        batch = int(given.argument)
+        with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+            alone = np.array(pool.starmap(eager, [(batch, given.steps)] * CORES))
+        torch.set_num_threads(CORES)
+        together = vectorised(batch, given.replicas, max(given.steps // 20, 5))
+        result = {
+            "eager": {"wall": 1 / float(np.sum(1 / alone[:, 0])), "processor": float(alone[:, 1].mean())},
+            "vmap": {"wall": together[0], "processor": together[1]},
+        }
+    print(json.dumps({"torch": torch.__version__, "cores": CORES, **result}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--replicas", type=int, default=16)
-    parser.add_argument("--skip-lanczos", action="store_true")
-    arguments = parser.parse_args()
-    main(arguments.steps, arguments.replicas, arguments.skip_lanczos)
+    main()
