@@ -13,7 +13,6 @@ exponent of Mori et al. (ICML 2022) is the limit of large c at q = 1.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +20,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from escape_inference.passage_edges import Vector
-from escape_inference.passage_operator import (
-    Driven,
-    Function,
-    Generator,
-    Slopes,
-    below,
-    constant,
-    drive,
-    generator_of,
-    log_slopes,
-    speed_weights,
-    to_threshold,
-    trace,
-)
+from escape_inference.passage_leading import leading_time
+from escape_inference.passage_operator import Slopes, constant, drive, generator_of, log_slopes
 from escape_inference.passage_panels import build_grid
 
 LOOK_SHIFT = 0.5826
-POWERS = 3
-STEPS = 3
-AGREEMENT = 0.3
 BLOCK = 2048
-Tree = TypeVar("Tree")
 
 
 def log_potential(barrier_ratio: ArrayLike, noise_exponent: ArrayLike) -> Float[Array, "..."]:
@@ -122,9 +105,8 @@ def log_leading_rate(
         noise_exponent: q.
 
     Returns:
-        The arguments broadcast against each other. The relative error of λ₁ is below 1e-6 over the range of the mean passage
-        rate where λ₁ < 0.2 h*, and below h* for q ≤ 1. Beyond λ₁ ≈ h* there is no well to escape from, and at large n the value
-        can be too small (never below the mean passage rate).
+        The arguments broadcast against each other. In double precision the relative error of λ₁ is below 1e-6 over the range of
+        the mean passage rate, but for the corner n > 150, q > 2, c > 10 (λ₁ of 50 h* and more), where it can be a factor off.
 
     >>> from escape_inference.precision import float64
     >>> round(float(jnp.exp(float64(log_leading_rate)(0.1, 1.7, 4, 1.0))), 5)
@@ -180,89 +162,9 @@ def _mean_time(temperature: Vector, excess: Vector, dimension: Vector, noise_exp
 def _leading_time(
     temperature: Vector, excess: Vector, dimension: Vector, noise_exponent: Vector
 ) -> tuple[Vector, Slopes]:
-    """``log(h*/λ₁)`` and its derivatives.
-
-    G is symmetric in ``∫ f g m``. A few powers of G applied to 1, then a few Lanczos steps give the leading eigenfunction f; the
-    derivative of its eigenvalue is that of the Rayleigh quotient with f held fixed.
-    """
+    """``log(h*/λ₁)`` and its derivatives."""
     generator = generator_of(build_grid(temperature, excess, dimension, noise_exponent))
-    one, mass = constant(generator), speed_weights(generator)
-    f, driven, power, power_driven = _leading_function(generator, mass)
-    # far from any metastable well the weights m can lose all accuracy: the time spent at each place by a path from the
-    # minimum then takes the place of m f, and the last power of G the place of f
-    left, spent = mass.times(f), trace(generator, one).weights
-    quotient = driven.density.dot(below(left)) / f.dot(left)
-    control = driven.density.dot(below(spent)) / f.dot(spent)
-    sound = (quotient > 0) & (jnp.abs(quotient - control) < AGREEMENT * quotient)
-    left, f, driven = _either(sound, (left, f, driven), (spent, power, power_driven))
-    weights = below(left)
-    log_time = jnp.log(driven.density.dot(weights) / f.dot(left)) + generator.log_scale - jnp.log(temperature)
-    return log_time, log_slopes(generator, f, driven, weights, temperature, noise_exponent)
-
-
-def _either(condition: Array, first: Tree, second: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
-
-
-def _leading_function(generator: Generator, mass: Function) -> tuple[Function, Driven, Function, Driven]:
-    """The leading eigenfunction of G with the density it drives, and the last power of G applied to 1 with its density."""
-
-    def product(first: Function, second: Function) -> Vector:
-        return mass.times(first).dot(second)
-
-    def norm(function: Function, least: Array | float) -> Vector:
-        return jnp.sqrt(jnp.maximum(product(function, function), 0.0) + least**2)
-
-    vector = constant(generator)
-    for _ in range(POWERS):
-        driven = drive(generator, vector)
-        vector = to_threshold(driven.density).scaled(1 / driven.density.sum())
-    vector = vector.scaled(1 / norm(vector, 1e-3))
-    vectors: list[Function] = []
-    drives: list[Driven] = []
-    diagonal: list[Vector] = []
-    coupling: list[Vector] = []
-    for _ in range(STEPS):
-        vectors.append(vector)
-        drives.append(drive(generator, vector))
-        image = to_threshold(drives[-1].density)
-        diagonal.append(product(vector, image))
-        for known in vectors:
-            image = image.plus(known.scaled(-product(known, image)))
-        coupling.append(norm(image, 1e-12 * diagonal[0]))
-        vector = image.scaled(1 / coupling[-1])
-    f, driven, weight = vectors[0], drives[0], jnp.ones_like(diagonal[0])
-    for k, ratio in enumerate(leading_ratios(diagonal, coupling[:-1]), start=1):
-        weight = weight * ratio
-        f, driven = f.plus(vectors[k].scaled(weight)), driven.plus(drives[k].scaled(weight))
-    return f, driven, vectors[0], drives[0]
-
-
-def leading_ratios(diagonal: list[Vector], coupling: list[Vector]) -> list[Vector]:
-    """Ratios of successive components of the leading eigenvector of symmetric tridiagonal matrices.
-
-    Newton's method on the continued fraction ``θ − α₁ − β₁²/(θ − α₂ − …) = 0``, from below; the first diagonal element has to be
-    near the leading eigenvalue.
-
-    Args:
-        diagonal: ``α₁ …``, each a vector over matrices.
-        coupling: ``β₁ …``, one fewer.
-
-    >>> ratios = leading_ratios([jnp.array([2.0]), jnp.array([0.5])], [jnp.array([1.0])])
-    >>> round(float(ratios[0][0]), 6)  # the leading eigenvector of [[2, 1], [1, ½]] is (2, 1)
-    0.5
-    """
-    value, ratios = diagonal[0], list(coupling)
-    for _ in range(6):
-        below_ratio, tail = jnp.zeros_like(value), jnp.zeros_like(value)
-        norm = jnp.ones_like(value)
-        for k in range(len(coupling) - 1, -1, -1):
-            below_ratio = coupling[k] / jnp.maximum(value - diagonal[k + 1] - tail, 1e-3 * diagonal[0])
-            tail = coupling[k] * below_ratio
-            norm = 1 + below_ratio**2 * norm
-            ratios[k] = below_ratio
-        value = value - (value - diagonal[0] - tail) / norm
-    return ratios
+    return leading_time(generator, temperature, excess, dimension, noise_exponent)
 
 
 # without the expensive passes compilation takes a third of the time and the program runs as fast

@@ -49,7 +49,8 @@ def _crossing(shape: Callable[[Array], Shape], start: Array, low: Array, high: A
 def start_length(temperature: Vector, excess: Vector, dimension: Vector, noise_exponent: Vector) -> Vector:
     """Length in ``c − 1`` of the starting panel, which holds the singular end of the integrals."""
     folds = 5.5 / (1 + dimension / 400)
-    return jnp.minimum(excess, jnp.minimum(folds * temperature, 0.5 / (1 + 0.35 * jnp.abs(noise_exponent))))
+    share = jnp.minimum(0.3, 10 / dimension)
+    return jnp.minimum(share * excess, jnp.minimum(folds * temperature, 0.5 / (1 + 0.35 * jnp.abs(noise_exponent))))
 
 
 def _stationary_points(balance: Vector, noise_exponent: Vector, end: Vector) -> tuple[Vector, Vector, Array]:

@@ -69,16 +69,6 @@ class Driven(NamedTuple):
     start_modes: StartNodes
     at_threshold: Vector
 
-    def scaled(self, factor: Vector) -> "Driven":
-        return Driven(self.density.scaled(factor), self.start_modes * factor, self.at_threshold * factor)
-
-    def plus(self, other: "Driven") -> "Driven":
-        return Driven(
-            self.density.plus(other.density),
-            self.start_modes + other.start_modes,
-            self.at_threshold + other.at_threshold,
-        )
-
 
 class Traced(NamedTuple):
     """Where a weighted outer density comes from: weights of the source at the nodes, and of its start modes."""
@@ -137,19 +127,6 @@ def trace(generator: Generator, weights: Function) -> Traced:
     return Traced(Function(nodes, start), start_modes)
 
 
-def speed_weights(generator: Generator) -> Function:
-    """Weights of ``∫ f m``, normalised to 1: what a source adds to B at the threshold."""
-    grid = generator.grid
-    ends = jnp.broadcast_to(RULE.from_modes[-1][:, None, None], grid.response.shape)
-    emission = grid.source * along(RULE.to_modes.T, back_amplify(grid, ends))
-    carried = [jnp.ones_like(generator.entry)]
-    for k in range(PANELS - 1, -1, -1):
-        carried.append(carried[-1] * grid.passed[k] / generator.flow[k])
-    nodes = emission * (generator.inverse / generator.flow * jnp.stack(carried[-2::-1]))
-    gains = jnp.broadcast_to(grid.start_gain, grid.start_source.shape)
-    return Function(nodes, carried[-1] * generator.entry * grid.start_source * along(START.to_powers.T, gains))
-
-
 def to_threshold(density: Function) -> Function:
     """The integral of a density from each node to the threshold."""
     later = jnp.cumsum(jnp.sum(density.nodes, axis=0)[::-1], axis=0)[::-1]
@@ -157,16 +134,6 @@ def to_threshold(density: Function) -> Function:
     return Function(
         later - along(RULE.integrate / RULE.weights, density.nodes),
         everything - along(START.integrate / START.weights, density.start),
-    )
-
-
-def below(weights: Function) -> Function:
-    """The transpose of :func:`to_threshold`: how much weight lies below each node."""
-    start = jnp.sum(weights.start, axis=0)
-    earlier = start + jnp.cumsum(jnp.sum(weights.nodes, axis=0), axis=0)
-    return Function(
-        earlier - along((RULE.integrate / RULE.weights).T, weights.nodes),
-        start - along((START.integrate / START.weights).T, weights.start),
     )
 
 

@@ -57,7 +57,7 @@ class StartRule(NamedTuple):
     from_powers: np.ndarray
 
 
-def _integration_matrix(x: np.ndarray) -> np.ndarray:
+def integration_matrix(x: np.ndarray) -> np.ndarray:
     """Integrals from −1 to each node, halved, of the polynomial through values at the nodes ``x`` in (−1, 1]."""
     degree = len(x)
     basis = np.polynomial.legendre.legvander(x, degree)
@@ -80,7 +80,7 @@ def radau_rule(nodes: int) -> Rule:
     for _ in range(3):
         x = x - legendre.legval(x, polynomial) / legendre.legval(x, legendre.legder(polynomial))
     x[-1] = 1.0
-    integrate = _integration_matrix(x)
+    integrate = integration_matrix(x)
     poles, vectors = np.linalg.eig(integrate)
     upper = poles.imag > 0
     modes = np.linalg.inv(vectors)[upper]
@@ -100,7 +100,7 @@ def start_rule(nodes: int) -> StartRule:
     """The rule of the starting panel; its weights integrate over the whole panel."""
     x, weights = np.polynomial.legendre.leggauss(nodes)
     powers = np.vander((x + 1) / 2, nodes, increasing=True)
-    return StartRule((x + 1) / 2, weights / 2, _integration_matrix(x), np.linalg.inv(powers), powers)
+    return StartRule((x + 1) / 2, weights / 2, integration_matrix(x), np.linalg.inv(powers), powers)
 
 
 RULE = radau_rule(NODES)
