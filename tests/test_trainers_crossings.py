@@ -9,7 +9,7 @@ from scipy import stats
 
 from escape_inference.errors import InputError
 from escape_inference.trainers import Exit, Saddle, UnstableMinimum, find_exits, measure_crossings
-from escape_inference.trainers.crossings import CROSSED, ELSEWHERE, STAYED, Map, whereabouts
+from escape_inference.trainers.whereabouts import CROSSED, ELSEWHERE, STAYED, Map, whereabouts
 
 PUSH, HEIGHT = 0.25, 0.05
 INPUTS, TARGETS = np.zeros((2, 1), np.float32), np.array([[-PUSH], [PUSH]], np.float32)

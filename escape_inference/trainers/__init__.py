@@ -6,7 +6,7 @@ from escape_inference.trainers.decoupling import DecouplingCheck, decoupling_che
 from escape_inference.trainers.density import SpectralDensity, spectral_density
 from escape_inference.trainers.direction import DirectionalCurvature, curvature_along, escape_displacements
 from escape_inference.trainers.escape import EscapeRecord, UnstableMinimum, measure_escape
-from escape_inference.trainers.exits import Exit, Exits, find_exits
+from escape_inference.trainers.exits import find_exits
 from escape_inference.trainers.hessian import HessianSpectrum, top_hessian
 from escape_inference.trainers.minima import Minima, train_minima
 from escape_inference.trainers.minimum import Minimum, train_minimum
@@ -15,6 +15,7 @@ from escape_inference.trainers.outliers import OutlierCount, count_outliers
 from escape_inference.trainers.ramp import measure_ramp
 from escape_inference.trainers.ramp_record import RampRecord, learning_rate_levels
 from escape_inference.trainers.saddle import Saddle, find_saddle
+from escape_inference.trainers.way_out import Exit, Exits
 
 __all__ = [
     "DecouplingCheck",

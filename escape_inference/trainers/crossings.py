@@ -1,14 +1,7 @@
 """Escape times of SGD over a known saddle.
 
-When has a run left? Its own loss does not say: it exceeds L^s in the well, in directions that lead nowhere. So at every look gradient
-descent goes down from where the run is, and the run has
-
-- *crossed* if it ends nearer to the minimum beyond the saddle than to the one it started from;
-- *left elsewhere* if it ends at rest farther from both of them than the saddle is: another way out, censored there;
-- *stayed* otherwise. Points that have not come to rest count as one of the two nearer by.
-
-A descent is over as soon as it is within half of the way to the saddle of either minimum. Looks may be far apart, since a
-run that has crossed stays away for long; the time is then known to the interval between two looks.
+At every look it is seen where each run is, by the rule of ``whereabouts.py``. Looks may be far apart, since a run that has crossed
+stays away for long; the time is then known to the interval between two looks.
 """
 
 from __future__ import annotations
@@ -16,20 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.burn_in import BurnIn
-from escape_inference.trainers.descent import Goals, descend_one
 from escape_inference.trainers.engines import FEW_PARAMETERS
-from escape_inference.trainers.exits import Exit
 from escape_inference.trainers.looks import Tally
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, Progress, parameters_of
@@ -39,25 +30,8 @@ from escape_inference.trainers.record import Condition, EscapeRecord, Outcome, m
 from escape_inference.trainers.rounds import Round
 from escape_inference.trainers.saddle import SAFE
 from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, root_key, slot_key
-
-STAYED, CROSSED, ELSEWHERE = 0, 1, 2
-AT_REST = 1e-3
-"""Gradient norm of a point at rest, over ``sqrt(2 h^s (L^s - L))``, that of a slope as high as the barrier."""
-CLOSE = 0.5
-"""A descent is over within this share of a minimum's distance to the saddle."""
-AT_SADDLE = 0.1
-"""A point at rest within this share of it is at the saddle itself, and has not left."""
-
-
-class Map(NamedTuple):
-    """Where the two minima and the saddle between them are, and how descents go."""
-
-    home: Float[Array, " p"]
-    beyond: Float[Array, " p"]
-    saddle: Float[Array, " p"]
-    at_rest: Float[Array, ""]
-    rate: Float[Array, ""]
-    descent_steps: Array
+from escape_inference.trainers.way_out import Exit
+from escape_inference.trainers.whereabouts import AT_REST, CROSSED, ELSEWHERE, STAYED, Map, whereabouts
 
 
 def measure_crossings(
@@ -312,20 +286,6 @@ def _compiled_round(recipe: Recipe, together: bool) -> Callable:
         return jax.lax.map(lambda pair: one(*pair), (states, slots))
 
     return jax.jit(round_)
-
-
-def whereabouts(level: Callable[[Array], Array], point: Float[Array, " p"], world: Map) -> Array:
-    """Has a run at this point stayed, crossed, or left elsewhere? See the module's docstring."""
-    home_radius = jnp.linalg.norm(world.saddle - world.home)
-    beyond_radius = jnp.linalg.norm(world.saddle - world.beyond)
-    centres = jnp.stack([world.home, world.beyond])
-    goals = Goals(centres, CLOSE * jnp.stack([home_radius, beyond_radius]), world.at_rest)
-    ended, loss, slope = descend_one(level, point, world.rate, world.descent_steps, goals)
-    home, beyond, top = (jnp.linalg.norm(ended - at) for at in (world.home, world.beyond, world.saddle))
-    far = (home > home_radius) & (beyond > beyond_radius)
-    far = far & (top > AT_SADDLE * jnp.minimum(home_radius, beyond_radius))
-    elsewhere = ~jnp.isfinite(loss) | (far & (slope <= world.at_rest))
-    return jnp.where(elsewhere, ELSEWHERE, jnp.where(beyond < home, CROSSED, STAYED))
 
 
 def _tally(losses: np.ndarray, alive: np.ndarray) -> Tally:

@@ -13,7 +13,7 @@ from escape_inference.errors import InputError
 from escape_inference.trainers.crossings import measure_crossings
 from escape_inference.trainers.datasets import Dataset
 from escape_inference.trainers.escape import UnstableMinimum, measure_escape
-from escape_inference.trainers.exits import Exit, find_exits
+from escape_inference.trainers.exits import find_exits
 from escape_inference.trainers.minimum import Minimum, train_minimum
 from escape_inference.trainers.networks import Network
 from escape_inference.trainers.optimizers import named_optimizer
@@ -38,6 +38,7 @@ from escape_inference.trainers.tables import (
     saddle_summary,
     summary,
 )
+from escape_inference.trainers.way_out import Exit
 
 Report = Callable[[int, int, str], None]
 Writers = dict[str, Callable[[Path], object]]

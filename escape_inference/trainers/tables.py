@@ -10,7 +10,6 @@ import pandas as pd
 from escape_inference.errors import InputError
 from escape_inference.table import read_measurements
 from escape_inference.trainers.escape import EscapeRecord
-from escape_inference.trainers.exits import Exits
 from escape_inference.trainers.ramp_record import RampRecord
 from escape_inference.trainers.specs import (
     ConditionSpec,
@@ -23,6 +22,7 @@ from escape_inference.trainers.specs import (
 from escape_inference.trainers.spectra import LISTS, spectrum_table
 from escape_inference.trainers.storage import Campaign
 from escape_inference.trainers.study import Study
+from escape_inference.trainers.way_out import Exits
 
 COVARIATES = ["hessian_minimum", "hessian_minimum_se", "effective_dimension", "effective_dimension_se"]
 COLUMNS = [
