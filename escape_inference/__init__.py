@@ -26,7 +26,7 @@ _HOME = {
     "check_law": "law_check",
     "compare": "comparison",
     "critical_learning_rates": "prediction",
-    "identifiability": "identifiability",
+    "identifiability": "identification",
     "residual_trends": "trends",
     "infer": "inference",
     "kramers_log_prefactor": "law",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from escape_inference.design import make_ramps
     from escape_inference.errors import InputError
     from escape_inference.escape_check import EscapeCheck, check_escape
-    from escape_inference.identifiability import identifiability
+    from escape_inference.identification import identifiability
     from escape_inference.inference import infer, prepare
     from escape_inference.law import (
         Law,

@@ -60,7 +60,7 @@ def infer(
     """
     from escape_inference import inference
     from escape_inference import law as laws
-    from escape_inference.identifiability import identifiability
+    from escape_inference.identification import identifiability
     from escape_inference.posterior import parameters_of, save_tree
     from escape_inference.prediction import critical_learning_rates
     from escape_inference.trends import residual_trends, trend_sentence

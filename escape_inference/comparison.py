@@ -23,7 +23,7 @@ from escape_inference.cross_validation import (
     with_refits,
 )
 from escape_inference.evidence import Evidence, agree
-from escape_inference.identifiability import identifiability
+from escape_inference.identification import identifiability
 from escape_inference.inference import (
     CHAINS,
     DRAWS,
@@ -173,6 +173,7 @@ class Stages:
         with self.locks["vary"]:
             self.say(f"{law.name}: evidence, prior widths, left-out conditions")
             first = first_sample(fit, seed)
+            says["point_bayes_factors"] = _points(first)
             redraw = {"seed": seed, "warmup": warmup, "chains": chains}
             others = {key: widths for key, widths in VARIANTS.items() if key != 1.0}
             found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), PARALLEL)
@@ -185,21 +186,25 @@ class Stages:
 
 
 def _says(fit: Fit, tree: xr.DataTree, seed: int) -> dict[str, Any]:
-    """What the posterior says beyond its parameters: identifiability, trends, critical learning rates, points of the family."""
+    """What the posterior says beyond its parameters: identifiability, trends, critical learning rates."""
     law = fit.problem.law
-    points = {}
-    for name, value in law.points:
-        found = point_bayes_factor(fit.problem, fit.draws.z, name, value)
-        points[f"{name}={value:g}"] = {
-            "log_bayes_factor": found.log_evidence,
-            "log_bayes_factor_se": found.standard_error,
-        }
     return {
         "identifiability": identifiability(tree),
         "residual_trends": residual_trends(tree),
         "critical_learning_rates": critical_learning_rates(law, tree, seed=seed),
-        "point_bayes_factors": points,
     }
+
+
+def _points(first: Sample) -> dict[str, dict[str, float]]:
+    """Bayes factors of the points of a family against the whole."""
+    points = {}
+    for name, value in first.problem.law.points:
+        found = point_bayes_factor(first.problem, first.z, first.evidence, name, value)
+        points[f"{name}={value:g}"] = {
+            "log_bayes_factor": found.log_evidence,
+            "log_bayes_factor_se": found.standard_error,
+        }
+    return points
 
 
 def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:

@@ -22,7 +22,7 @@ from escape_inference.passage import LOOK_SHIFT, log_leading_rate, log_mean_pass
 if TYPE_CHECKING:
     from escape_inference.law import Law, Setting
 
-STEPS = (0.25, 0.25, 0.3)  #: grid steps in log T, log (c − 1), log n
+STEPS = (0.18, 0.2, 0.2)  #: grid steps in log T, log (c − 1), log n
 STEPS_WITH_EXPONENT = (0.35, 0.35, 0.4, 0.5)  #: the same and q, where q varies
 LOG_TEMPERATURES = (-6.0, 5.0)
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(150.0)))
@@ -60,23 +60,19 @@ class PassageTable:
         return self._spline(places) - log_potential(ratio, noise_exponent) / T
 
     def _spline(self, places: list[Array]) -> Array:
-        weights, first = [], []
+        letters = "ijkl"[: len(places)]
+        weights, index = [], []
         for axis, place in enumerate(places):
-            t = (place - self.low[axis]) / self.step[axis]
-            t = jnp.clip(t, 1.0, self.coefficients.shape[axis] - 3.0)
-            left = jnp.clip(jnp.floor(jax.lax.stop_gradient(t)), 1, self.coefficients.shape[axis] - 3)
+            size = self.coefficients.shape[axis]
+            t = jnp.clip((place - self.low[axis]) / self.step[axis], 1.0, size - 3.0)
+            left = jnp.clip(jnp.floor(jax.lax.stop_gradient(t)), 1, size - 3)
             u = t - left
-            weights.append(
-                [(1 - u) ** 3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (1 + 3 * u * (1 + u * (1 - u))) / 6, u**3 / 6]
-            )
-            first.append(left.astype(int) - 1)
-        total = jnp.zeros_like(places[0])
-        for offsets in np.ndindex(*(4,) * len(places)):
-            weight = weights[0][offsets[0]]
-            for axis in range(1, len(places)):
-                weight = weight * weights[axis][offsets[axis]]
-            total += weight * self.coefficients[tuple(i + k for i, k in zip(first, offsets, strict=True))]
-        return total
+            cubic = (1 - u) ** 3 / 6, (3 * u**3 - 6 * u**2 + 4) / 6, (1 + 3 * u * (1 + u * (1 - u))) / 6, u**3 / 6
+            weights.append(jnp.stack(cubic, axis=-1))
+            taps = left.astype(int)[..., None] - 1 + jnp.arange(4)
+            index.append(taps.reshape(*place.shape, *(4 if k == axis else 1 for k in range(len(places)))))
+        rule = f"...{letters}," + ",".join(f"...{letter}" for letter in letters) + "->..."
+        return jnp.einsum(rule, self.coefficients[tuple(index)], *weights)
 
 
 def build_passage_table(

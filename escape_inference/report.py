@@ -167,7 +167,29 @@ def _laws(report: dict[str, Any]) -> str:
 def _parameters(name: str, law: dict[str, Any]) -> str:
     columns = ["mean", "sd", "q05", "q95", "prior_sd", "moved_by_data", "theory", "contains_theory"]
     rows = [[parameter, *(row[c] for c in columns)] for parameter, row in law["parameters"].items()]
-    return f"<h3>{html.escape(name)}</h3>" + _rows(["parameter", *columns], rows)
+    sentences = [row["sentence"] for row in law["parameters"].values() if "sentence" in row]
+    sentences += [
+        f"residual log rates against {trend['variable'].replace('_', ' ')}: p = {trend['p_value']:.2g}"
+        + (", a trend" if trend["trend"] else "")
+        for trend in law["residual_trends"]
+        if trend["p_value"] is not None
+    ]
+    sentences += [
+        f"log Bayes factor of {point.replace('_', ' ')} against the family: {found['log_bayes_factor']:.2f} ± {found['log_bayes_factor_se']:.2f}"
+        for point, found in law["point_bayes_factors"].items()
+        if found["log_bayes_factor"] is not None
+    ]
+    listed = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return f"<h3>{html.escape(name)}</h3>" + _rows(["parameter", *columns], rows) + f"<ul>{listed}</ul>" + _ramps(law)
+
+
+def _ramps(law: dict[str, Any]) -> str:
+    """Critical learning rates of the ramps in the data, if there are any."""
+    ramps = law["critical_learning_rates"]
+    if not ramps:
+        return ""
+    header = [name.replace("_", " ") for name in ramps[0]]
+    return "<p>Critical learning rates, 90 % intervals:</p>" + _rows(header, [list(row.values()) for row in ramps])
 
 
 def _escape_check(report: dict[str, Any]) -> str:

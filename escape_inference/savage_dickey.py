@@ -15,21 +15,24 @@ from jaxtyping import Array, Float
 from scipy.stats import norm
 
 from escape_inference.cross_validation import pareto_limit
-from escape_inference.evidence import Evidence, bridge_log_evidence
-from escape_inference.exploration import Problem, densities
-from escape_inference.importance import importance_sample
+from escape_inference.evidence import Evidence
+from escape_inference.exploration import Problem, densities, focus
+from escape_inference.importance import Weighted, importance_sample
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
 from escape_inference.student import LogDensity, at_points, call
 
 
 @float64
-def point_bayes_factor(problem: Problem, z: Float[np.ndarray, "chain draw slot"], name: str, value: float) -> Evidence:
+def point_bayes_factor(
+    problem: Problem, z: Float[np.ndarray, "draw slot"], evidence: Evidence, name: str, value: float
+) -> Evidence:
     """Log Bayes factor of a parameter held at a value against the law with the parameter free.
 
     Args:
         problem: the law on prepared data.
         z: posterior draws of ``problem.target``.
+        evidence: that of the law with the parameter free.
         name: a parameter of the law with a normal prior.
         value: the point.
 
@@ -42,41 +45,55 @@ def point_bayes_factor(problem: Problem, z: Float[np.ndarray, "chain draw slot"]
     sites = [site for site, _ in problem.shapes]
     if chosen is None or median is None or name not in sites:
         return Evidence(float("nan"), float("nan"), "savage_dickey")
-    before = problem.shapes[: sites.index(name)]
-    row = sum(int(np.prod(shape)) for _, (shape, _) in before)
+    row = sum(int(np.prod(shape)) for _, (shape, _) in problem.shapes[: sites.index(name)])
     column = int(target.used[row])
-    point = (value - target.offset[row]) / target.scale[row]
-    data = (target.inputs, problem.weighted(np.ones(len(problem.observed.escapes))), PriorWidths().as_arrays())
-    log_joint = densities(target.law, target.shapes)[0]
-    density = log_marginal_density(log_joint, z, column, float(point), data)
+    point = float((value - target.offset[row]) / target.scale[row])
+    start = moved(z, column, point)
+    for _ in range(2):  # the law's rates are tabulated around the point, and again around what is found there
+        problem = focus(problem, start)
+        data = (
+            problem.target.inputs,
+            problem.weighted(np.ones(len(problem.observed.escapes))),
+            PriorWidths().as_arrays(),
+        )
+        log_joint = densities(problem.target.law, problem.target.shapes)[0]
+        found = integrate(log_joint, start, column, point, data)
+        start = found.z
+    if not found.pareto_k < pareto_limit(len(found.z)):
+        return Evidence(float("nan"), float("nan"), "savage_dickey")
     log_prior = norm.logpdf(value, float(median), chosen.width) + np.log(target.scale[row])
-    return Evidence(float(density.log_evidence - log_prior), density.standard_error, "savage_dickey")
+    error = float(np.hypot(found.standard_error, evidence.standard_error))
+    return Evidence(float(found.log_evidence - evidence.log_evidence - log_prior), error, "savage_dickey")
 
 
-def log_marginal_density(
-    log_joint: LogDensity, z: Float[np.ndarray, "chain draw dim"], column: int, point: float, data: Any = None
-) -> Evidence:
-    """Log posterior density of one coordinate at a point, and its standard error.
+def moved(z: Float[np.ndarray, "draw dim"], column: int, point: float) -> Float[np.ndarray, "draw dim"]:
+    """Draws with one coordinate at a point, the others moved along their regression on it.
 
-    >>> draws = np.random.default_rng(0).normal(size=(4, 1000, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])
+    >>> moved(np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0]]), 0, 5.0).tolist()
+    [[5.0, 10.0], [5.0, 10.0], [5.0, 10.0]]
+    """
+    covariance = np.atleast_2d(np.cov(z.T))
+    slope = covariance[column] / covariance[column, column]
+    return z + (point - z[:, column])[:, None] * slope
+
+
+def integrate(
+    log_joint: LogDensity, start: Float[np.ndarray, "draw dim"], column: int, point: float, data: Any = None
+) -> Weighted:
+    """The integral of a density over all coordinates but one, from points near its mass; ``z`` of the result has all coordinates.
+
+    >>> draws = np.random.default_rng(0).normal(size=(4000, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])
     >>> precision = jnp.array(np.linalg.inv([[1.0, 0.8], [0.8, 1.0]]))
-    >>> found = log_marginal_density(lambda x: -x @ precision @ x / 2, draws, 0, 2.5)
-    >>> abs(found.log_evidence - norm.logpdf(2.5)) < 4 * found.standard_error < 0.2
+    >>> found = integrate(lambda x: -x @ precision @ x / 2, moved(draws, 0, 2.5), 0, 2.5)
+    >>> density = found.log_evidence - np.log(2 * np.pi * 0.6)
+    >>> abs(density - norm.logpdf(2.5)) < 4 * found.standard_error < 0.2
     True
     """
-    whole = bridge_log_evidence(log_joint, z, data=data)
-    flat = z.reshape(-1, z.shape[-1])
-    others = np.delete(np.arange(flat.shape[1]), column)
-    covariance = np.cov(flat.T)
-    slope = covariance[column, others] / covariance[column, column]
-    start = flat[:, others] + (point - flat[:, column])[:, None] * slope
-    held = _held(log_joint, column)
-    weight = at_points(held, start, (jnp.asarray(point), data))
-    found = importance_sample(held, start, weight - weight.max(), data=(jnp.asarray(point), data), draws=len(flat))
-    if not found.pareto_k < pareto_limit(len(flat)):
-        return Evidence(float("nan"), float("nan"), "savage_dickey")
-    error = float(np.hypot(found.standard_error, whole.standard_error))
-    return Evidence(found.log_evidence - whole.log_evidence, error, "savage_dickey")
+    held, rest = _held(log_joint, column), np.delete(start, column, axis=1)
+    inputs = (jnp.asarray(point), data)
+    weight = at_points(held, rest, inputs)
+    found = importance_sample(held, rest, weight - weight.max(), data=inputs, draws=len(start))
+    return found._replace(z=np.insert(found.z, column, point, axis=1))
 
 
 @lru_cache(maxsize=16)
