@@ -106,7 +106,7 @@ def log_leading_rate(
 
     Returns:
         The arguments broadcast against each other. In double precision the relative error of λ₁ is below 1e-6 over the range of
-        the mean passage rate, but for the corner n > 150, q > 2, c > 10 (λ₁ of 50 h* and more), where it can be a factor off.
+        the mean passage rate, but for the corner n > 100, q > 1.5, c > 10 (no well, λ₁ of many h*), where it can be a factor off.
 
     >>> from escape_inference.precision import float64
     >>> round(float(jnp.exp(float64(log_leading_rate)(0.1, 1.7, 4, 1.0))), 5)
