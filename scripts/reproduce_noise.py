@@ -5,7 +5,8 @@
 The published set-up: eta = 0.1, B = 100, the noise strength N(theta) and the loss at every epoch of a fully connected and of
 a convolutional network. Here both are trained on the 5,000 digits in two classes that ship with the project, fully connected
 with two hidden layers of 100, convolutional with two layers of 5 x 5 kernels (8 and 16 channels, stride 2) and a hidden layer
-of 64. An epoch has 50 iterations, a twelfth of one of the full MNIST, so there are more of them.
+of 64. An epoch has 50 iterations, a twelfth of one of the full MNIST, so there are more of them, and the convolutional network is
+looked at every second one.
 
 The slope of log N against log L counts the snapshots of the second half of training as late; the last quarter and the whole
 are in the table too. Independent runs differ in initialisation and batches, and the interval of a mean is that over runs.
