@@ -32,7 +32,7 @@ from escape_inference.tempering import Outcome
 FEW_DIMENSIONS = 7
 PARTICLES = 2000
 BLOCK = 500
-CHECKED = 500  #: points at which a table is compared with the law
+CHECKED = 200  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
 WIDE_SDS = 6.0  #: half the width of the wide table, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(200.0)))
@@ -64,7 +64,7 @@ class Problem:
         shapes: shape of every sampled site and whether it is positive.
         prior_inputs, near_inputs: ``inputs`` with the law's rates as polynomials over the prior and near the posterior.
         target: what samplers see: the law's rates near the posterior as polynomials of standard normal slots, or the law itself
-            where the settings are latent or the law has more than three parameters.
+            where the settings are latent or the law has more than two parameters (with splines of its threshold rates).
         evidence: log evidence by tempered Monte Carlo.
         particles: points of ``target`` close to the posterior, ``[particle, slot]``, of equal weight.
     """
@@ -105,7 +105,7 @@ def explore(
     if tabulated and announce is not None:
         announce(_blank(problem, "near"), observed)
     table = None
-    if tabulated and len(_tabulated(law, inputs)) < SLOTS:  # with more, no table is good all over the prior
+    if tabulated:
         _tempered(_blank(problem, "wide"), observed, seed, size, only_compile=True)
         offset, scale = _prior_scales(law, inputs)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
@@ -113,11 +113,9 @@ def explore(
         scout = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
     else:
         splines = with_passage_tables(law, inputs)
-        scout = replace(problem, prior_inputs=splines, target=_itself(law, splines, shapes))
-        if not tabulated:
-            scout = replace(scout, inputs=splines, near_inputs=splines)
-            if announce is not None:
-                announce(scout.target, observed)
+        scout = replace(problem, prior_inputs=splines, near_inputs=splines, target=_itself(law, splines, shapes))
+        if announce is not None:
+            announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size)
     assert outcome is not None
     z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
@@ -126,19 +124,7 @@ def explore(
     rng = np.random.default_rng(seed)
     particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
     scout = replace(scout, evidence=evidence, particles=particles)
-    if not tabulated:
-        return scout
-    return focus(_in_slots(replace(scout, evidence=_of_the_law_itself(scout))))
-
-
-def _in_slots(scout: Problem) -> Problem:
-    """The problem with its particles in standard normal slots, where they are not so already."""
-    if scout.target.inputs.surrogate is not None:
-        return scout
-    target = _blank(scout, "near")
-    particles = np.zeros((len(scout.particles), int(target.used.max()) + 1))
-    particles[:, target.used] = (scout.particles - target.offset) / target.scale
-    return replace(scout, target=target, particles=particles)
+    return focus(replace(scout, evidence=_of_the_law_itself(scout)))
 
 
 def _tempered(
@@ -246,17 +232,28 @@ def _evaluate_block(
 def table_error(
     problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths = DEFAULT_WIDTHS
 ) -> float:
-    """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant."""
-    if problem.target.inputs.surrogate is None:
+    """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant.
+
+    Where settings are latent it is not known and counts as 0.
+    """
+    if not _can_be_compared(problem):
         return 0.0
     error = _exact_minus_table(problem, points, widths)
     return float(np.max(np.abs(error - error.mean())))
 
 
+def _can_be_compared(problem: Problem) -> bool:
+    """Whether samplers see a table or spline of rates, at settings that are known without error."""
+    inputs = problem.target.inputs
+    names = [*(p.name for p in _tabulated(problem.law, problem.inputs)), "log_prefactor", "discrepancy_base"]
+    known = [name for name, _ in problem.shapes] == names
+    return known and (inputs.surrogate is not None or inputs.passage is not None)
+
+
 def _of_the_law_itself(problem: Problem) -> Evidence:
     """The evidence of the law from that of its table or spline: the mean likelihood ratio over particles of the posterior."""
     evidence = problem.evidence
-    if problem.target.inputs.surrogate is None and problem.target.inputs.passage is None:
+    if not _can_be_compared(problem):
         return evidence
     log_ratio = _exact_minus_table(problem, problem.particles, PriorWidths())
     shift = logsumexp(log_ratio) - np.log(CHECKED)
@@ -343,7 +340,7 @@ def _tabulated(law: Law, inputs: Inputs) -> list[Parameter]:
 
 
 def _can_be_tabulated(law: Law, inputs: Inputs, shapes: Shapes) -> bool:
-    """One to three parameters, and every setting known without error."""
+    """One or two parameters, and every setting known without error."""
     names = [p.name for p in _tabulated(law, inputs)]
     return 1 <= len(names) <= SLOTS and [name for name, _ in shapes] == [*names, "log_prefactor", "discrepancy_base"]
 

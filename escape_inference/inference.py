@@ -38,6 +38,7 @@ from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
+SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 POOLINGS = ("complete", "partial")
 
@@ -178,21 +179,20 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     A table of the law's rates that is off at the draws is made anew around them; one that stays off makes the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
+    tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
     for attempt in range(3):
         run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
         points = run.z.reshape(-1, run.z.shape[-1])
         convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
         error = table_error(problem, points)
-        if attempt == 2 or (error <= TABLE_TOLERANCE and convergence.trustworthy):
+        if attempt == 2 or (error <= tolerance and convergence.trustworthy):
             break
-        if error > TABLE_TOLERANCE:
+        if error > tolerance:
             problem = focus(problem, points)
         else:
             warmup *= 4
-    if error > TABLE_TOLERANCE:
-        reason = (
-            f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {TABLE_TOLERANCE})"
-        )
+    if error > tolerance:
+        reason = f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {tolerance})"
         convergence = convergence._replace(trustworthy=False, reason=reason)
     return summarise(problem, run, convergence)
 

@@ -9,6 +9,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -219,22 +220,28 @@ def load_law(law: "str | Path | Law") -> Law:
         path = Path(law)
         if not path.is_file():
             raise InputError(f"{path}: there is no such law file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{path}: the law file cannot be run: {type(error).__name__}: {error}") from error
-        return _law_of(module, str(path))
+        return _law_in_file(path.resolve(), path.stat().st_mtime_ns)
     laws = built_in_laws()
     if law not in laws:
         raise InputError(
             f"there is no law {str(law)!r}; choose from {', '.join(laws)}, or give the path of a law's .py file"
         )
     return laws[str(law)]
+
+
+@lru_cache(maxsize=32)
+def _law_in_file(path: Path, _changed: int) -> Law:
+    """The law of a file, the same object as long as the file is unchanged, so that a second fit compiles nothing."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: the law file cannot be run: {type(error).__name__}: {error}") from error
+    return _law_of(module, str(path))
 
 
 def load_laws(laws: "Sequence[str | Path | Law]") -> list[Law]:

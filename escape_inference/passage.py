@@ -25,7 +25,7 @@ from escape_inference.passage_operator import Slopes, constant, drive, generator
 from escape_inference.passage_panels import build_grid
 
 LOOK_SHIFT = 0.5826
-BLOCK = 2048
+BLOCK = 1024
 
 
 def log_potential(barrier_ratio: ArrayLike, noise_exponent: ArrayLike) -> Float[Array, "..."]:
@@ -120,13 +120,20 @@ def _broadcast(law: Callable[[Vector, Vector, Vector, Vector], Vector], *argumen
     if T.dtype != jnp.float64:
         raise TypeError("passage rates need double precision: call them inside `with jax.enable_x64(True):`")
     flat = (T.ravel(), c.ravel() - 1, n.ravel(), q.ravel())
-    if any(isinstance(x, jax.core.Tracer) for x in flat) or T.size == 0:
+    if T.size == 0:
+        return jnp.zeros(T.shape)
+    if any(isinstance(x, jax.core.Tracer) for x in flat):
         return law(*flat).reshape(T.shape)
-    # numbers at hand: blocks of one size, so that every law and every table share one compiled program
+    # numbers at hand: blocks of one size, so that every law and every table share one compiled program, and of like conditions,
+    # so that those without a well do not make the others wait
+    columns = np.stack([np.asarray(x) for x in flat])
+    order = np.argsort(columns[0] * columns[2] / columns[1])
     blocks = -(-T.size // BLOCK)
-    columns = np.stack([np.pad(np.asarray(x), (0, blocks * BLOCK - T.size), mode="edge") for x in flat])
-    parts = [_COMPILED[law](*jnp.asarray(part)) for part in np.split(columns, blocks, axis=1)]
-    return jnp.concatenate(parts)[: T.size].reshape(T.shape)
+    sorted_columns = np.pad(columns[:, order], ((0, 0), (0, blocks * BLOCK - T.size)), mode="edge")
+    parts = [np.asarray(_COMPILED[law](*jnp.asarray(part))) for part in np.split(sorted_columns, blocks, axis=1)]
+    result = np.empty(T.size)
+    result[order] = np.concatenate(parts)[: T.size]
+    return jnp.asarray(result).reshape(T.shape)
 
 
 Evaluate = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Slopes]]

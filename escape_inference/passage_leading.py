@@ -9,7 +9,7 @@ convergence is quadratic. The starting guess is the mean time to the threshold, 
 equation does where there is no well.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ NODES = 8
 LEVEL = 20.0  # log of the density, below its top, at which the panels end
 FOLDS = 9.0
 FLOOR = 0.35
-STEPS = 4
+STEPS = 6
+SETTLED = 1e-9  # change of log λ below which nothing moves any more, since convergence is quadratic
 _x, _w = np.polynomial.legendre.leggauss(NODES)
 POINTS, WEIGHTS, LEFT = (_x + 1) / 2, _w / 2, integration_matrix(_x)
 RIGHT = WEIGHTS - LEFT
@@ -271,12 +272,18 @@ def leading_time(generator: Generator, T: Vector, excess: Vector, n: Vector, q: 
         nodes = jnp.moveaxis(level[START_NODES:].reshape(PANELS, NODES, -1), 1, 0)
         return mesh, (nodes, jnp.where(mesh.joined, level[:START_NODES], 1.0))
 
-    def round_(i: int, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        v, log_f, log_loss, smooth, edges, log_rate, held = state
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        return (state[0] == 0) | ((state[0] == 1) & jnp.any(flat & ~state[7]))
+
+    def round_(state: Any) -> Any:
+        i, v, log_f, log_loss, smooth, edges, log_rate, held, *_ = state
         mesh, f = place((v, log_f, log_loss, smooth), edges, (i == 0) | (flat & ~held))
 
-        def improve(k: int, inner: tuple[Array, ...]) -> tuple[Array, ...]:
-            nodes, start, last_nodes, last_start, log_rate, held, change = inner
+        def unsettled(inner: tuple[Array, ...]) -> Array:
+            return (inner[0] < STEPS) & jnp.any((inner[-1] > SETTLED) & ~inner[-2])
+
+        def improve(inner: Any) -> Any:
+            k, nodes, start, last_nodes, last_start, log_rate, held, change = inner
             step = _step(mesh, (nodes, start), jnp.exp(log_rate))
             new = jnp.log(T) - step.log_time
             # where rounding in the slaved tail grows from step to step, the last good function is held
@@ -286,13 +293,14 @@ def leading_time(generator: Generator, T: Vector, excess: Vector, n: Vector, q: 
             )
             held = held | bad
             return (
+                k + 1,
                 jnp.where(bad, last_nodes, jnp.where(held, nodes, step.following[0])),
                 jnp.where(bad, last_start, jnp.where(held, start, step.following[1])),
                 nodes, start, jnp.where(bad, log_rate, new), held, jnp.abs(new - log_rate),
             )  # fmt: skip
 
-        nodes, start, *_, log_rate, held, _ = jax.lax.fori_loop(
-            0, STEPS, improve, (*f, *f, log_rate, held, jnp.full_like(log_rate, jnp.inf))
+        _, nodes, start, *_, log_rate, held, _ = jax.lax.while_loop(
+            unsettled, improve, (jnp.zeros((), int), *f, *f, log_rate, held, jnp.full_like(log_rate, jnp.inf))
         )
         step = _step(mesh, (nodes, start), jnp.exp(log_rate))
         early = jnp.maximum(
@@ -306,11 +314,13 @@ def leading_time(generator: Generator, T: Vector, excess: Vector, n: Vector, q: 
         )
         log_loss = _flat(jnp.full_like(early, -1e9), _log(mesh.stiff / mesh.length * step.flow[0]) + _log(step.flow[0]))
         smooth = log_f - _log(-jnp.expm1(jnp.minimum(v - end, -1e-15)))
-        return v, log_f, log_loss, smooth, mesh.edges, log_rate, held
+        return i + 1, v, log_f, log_loss, smooth, mesh.edges, log_rate, held, nodes, start
 
-    state = jax.lax.fori_loop(0, 2, round_, (v, log_f, log_loss, smooth, edges, log_rate, held))
-    mesh, f = place(state[:4], state[4], jnp.zeros_like(held))
-    step = _step(mesh, f, jnp.exp(state[5]))
+    blank = jnp.zeros((NODES, PANELS, T.shape[0])), jnp.zeros((START_NODES, T.shape[0]))
+    state = (jnp.zeros((), int), v, log_f, log_loss, smooth, edges, log_rate, held, *blank)
+    *_, edges, log_rate, _, nodes, start = jax.lax.while_loop(unfinished, round_, state)
+    mesh, f = _mesh(edges, first, T, n, q), (nodes, start)
+    step = _step(mesh, f, jnp.exp(log_rate))
     return step.log_time - jnp.log(T), _slopes(mesh, f, step, T, n, q, end)
 
 

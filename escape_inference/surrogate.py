@@ -1,7 +1,7 @@
 """A law's log rates as Chebyshev polynomials of its parameters, over the region where the posterior is.
 
 The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler, and every law of its
-own would have to be compiled. But the log rate of every condition is a smooth function of the law's one to three parameters,
+own would have to be compiled. But the log rate of every condition is a smooth function of the law's one or two parameters,
 so a table of polynomial coefficients reproduces it: roughly over the prior, where tempered Monte Carlo looks for the posterior,
 and to many digits over the region that the posterior occupies. Samplers then see numbers only, the same program for every law.
 Whoever samples with it checks draws against the exact law afterwards.
@@ -14,12 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
+SLOTS = 2  #: parameters that a table can have; the slots that a law does not use stay idle
 TERMS = {"near": 165, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
-NODES = {
-    "near": {1: 24, 2: 18, 3: 10},
-    "wide": {1: 40, 2: 28, 3: 12},
-}  #: nodes a parameter, by the number of parameters
+NODES = {"near": {1: 24, 2: 18}, "wide": {1: 40, 2: 28}}  #: nodes a parameter, by the number of parameters
 DEGREES = 40
 
 

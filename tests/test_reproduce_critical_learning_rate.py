@@ -16,7 +16,11 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce_critical_learning_ra
 def folder(tmp_path_factory):
     here = tmp_path_factory.mktemp("critical")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--output", "out"], cwd=here, capture_output=True, text=True, timeout=600
+        [sys.executable, str(SCRIPT), "--quick", "--output", "out"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return here / "out"
