@@ -251,7 +251,7 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(150, Console().width)).print(table)
 
 
 def _print_parameters(law: str, parameters: dict[str, dict[str, float]]) -> None:
@@ -261,6 +261,10 @@ def _print_parameters(law: str, parameters: dict[str, dict[str, float]]) -> None
 
 
 def _print_comparison(report: dict) -> None:
+    import pandas as pd
+
+    from escape_inference.trends import trend_sentence
+
     columns = ["elpd", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "pareto_k_max", "trustworthy"]
     rows = [
         [name, *(_format(law[c]) for c in columns), _format(law["discrepancy"]["mean"])]
@@ -272,9 +276,8 @@ def _print_comparison(report: dict) -> None:
         for parameter in law["parameters"].values():
             if parameter.get("status", "identified") != "identified":
                 print(f"  {parameter['sentence']}")
-        for found in law["residual_trends"]:
-            if found["trend"]:
-                print(f"  its residual log rates have a trend against {found['variable']} (p = {found['p_value']:.1g})")
+        if left := trend_sentence(pd.DataFrame(law["residual_trends"]).set_index("variable")):
+            print(f"  {left}")
         for point, found in law["point_bayes_factors"].items():
             value, error = _format(found["log_bayes_factor"]), _format(found["log_bayes_factor_se"])
             print(f"  log Bayes factor of {point} against the family: {value} ± {error}")

@@ -108,7 +108,7 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
         )
     fixed = f"the data fix only its combination with {partner} (correlation {row['correlation']:.2f})"
     if row["status"] == "combination":
-        return f"{subject} is identified through its prior: {fixed}; {remedy}."
+        return f"{subject} is identified through its prior: {fixed}; {_remedy_for(name, remedy, fit)}."
     if abs(row["correlation"]) < TIED / 2:
         fixed = "its posterior is its prior"
     return f"{subject} is not identified: {fixed}; {_remedy_for(name, remedy, fit)}."
@@ -117,6 +117,9 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
 def _remedy_for(name: str, remedy: str, fit: xr.DataTree) -> str:
     """The remedy, shortened where the table already has part of it."""
     constant = fit["constant_data"]
-    if name == "effective_dimension" and bool(constant["ramp"].to_numpy().any()):
-        return remedy.replace(", a ramp through the critical learning rate", ", more levels of the ramps")
+    if bool(constant["ramp"].to_numpy().any()):
+        remedy = remedy.replace("a ramp through the critical learning rate", "more levels of the ramps")
+    barriers = pd.DataFrame({"minimum": constant["condition_minimum"], "barrier": constant["loss_barrier"]})
+    if (barriers.groupby("minimum")["barrier"].nunique() > 1).any():
+        remedy = remedy.replace("a second threshold", "thresholds further apart")
     return remedy
