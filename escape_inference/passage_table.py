@@ -27,7 +27,7 @@ STEPS_WITH_EXPONENT = (0.35, 0.35, 0.4, 0.5)  #: the same and q, where q varies
 LOG_TEMPERATURES = (-6.0, 5.0)
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(150.0)))
 EXPONENTS = (-1.5, 2.7)
-MARGIN = 2  #: grid points beyond the range on every side
+MARGIN = 4  #: grid points beyond the range on every side
 CHECKED = 300
 
 

@@ -125,6 +125,11 @@ def main(here: Reproduction) -> Sequence[Claim]:
     """Measure, fit, draw."""
     table, minima = measure(here.quick)
     rng = np.random.default_rng(0)
+    here.table(
+        "measurements",
+        table,
+        "Every run: ramps of the learning rate, and gaps between escapes from the quasi-stationary state.",
+    )
     table = table.drop(columns=[c for c in UNKNOWN if c in table])
     fixed = table["start"] == "quasi_stationary"
     short = {"draws": 250, "warmup": 250} if here.quick else {"draws": 500, "warmup": 500}

@@ -111,10 +111,14 @@ def test_designs_made_for_a_law_have_its_rates_in_the_range_that_can_be_measured
     rows, values = make_law_design(law, {}, barrier=barrier, minima=5, runs=3, seed=8)
     ratio = np.exp(law_log_rate(law, rows, values, barrier)) / rows["hessian_minimum"]
     low, high = {"saddle": (0.00069, 0.031), "threshold": (0.0029, 0.152)}[barrier]
-    assert ((ratio > low) & (ratio < high)).mean() > 0.85
-    assert (rows["learning_rate"] * rows["hessian_minimum"] < 1.001).all()
+    relaxation = rows["learning_rate"] * rows["hessian_minimum"]
+    assert (relaxation < 1.001).all()
+    free = (
+        relaxation < 0.999
+    )  # a minimum whose noise is too weak stays at the largest learning rate that is a diffusion
+    assert ((ratio > low) & (ratio < high))[free].mean() > 0.85 and free.mean() > 0.5
     expected = 3 / (ratio * rows["hessian_minimum"] * rows["learning_rate"])
-    np.testing.assert_allclose(rows["max_steps"], np.ceil(expected), rtol=0.001, atol=1.1)
+    np.testing.assert_allclose(rows["max_steps"][free], np.ceil(expected)[free], rtol=0.001, atol=1.1)
 
 
 def test_a_law_that_forgets_the_learning_rate_has_a_design_too():

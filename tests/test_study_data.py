@@ -227,8 +227,15 @@ def test_what_ships_is_what_the_data_package_describes(resource: dict) -> None:
 
 
 def test_every_file_that_ships_is_described() -> None:
-    described = {resource["path"] for resource in RESOURCES} | {"datapackage.json"}
+    described = {resource["path"] for resource in RESOURCES} | {"datapackage.json", "reproduction"}
     assert {path.name for path in DATA.iterdir()} == described
+    folder = DATA / "reproduction"
+    tables = json.loads((folder / "datapackage.json").read_text(encoding="utf-8"))["resources"]
+    assert {path.name for path in folder.glob("*.csv")} == {resource["path"] for resource in tables}
+    for resource in tables:
+        content = (folder / resource["path"]).read_bytes()
+        assert resource["hash"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        assert resource["measured"]["command"].startswith("python scripts/reproduce_")
 
 
 def test_the_twelve_minima_have_escapes_ramps_and_spectra() -> None:
