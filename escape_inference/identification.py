@@ -120,6 +120,6 @@ def _remedy_for(name: str, remedy: str, fit: xr.DataTree) -> str:
     if bool(constant["ramp"].to_numpy().any()):
         remedy = remedy.replace("a ramp through the critical learning rate", "more levels of the ramps")
     barriers = pd.DataFrame({"minimum": constant["condition_minimum"], "barrier": constant["loss_barrier"]})
-    if (barriers.groupby("minimum")["barrier"].nunique() > 1).any():
+    if barriers.drop_duplicates()["minimum"].duplicated().any():
         remedy = remedy.replace("a second threshold", "thresholds further apart")
     return remedy
