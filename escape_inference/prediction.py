@@ -111,7 +111,7 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
 
     Returns:
         One row for each ramp: ``minimum``, ``batch_size``, ``runs``, ``jumped``; the η at which half of the runs have jumped, ``measured``
-        with ``measured_q05`` and ``measured_q95`` (Jeffreys intervals of the hazard at each level; infinite where fewer than half jumped)
+        with ``measured_q05`` and ``measured_q95`` (Bayesian bootstrap of the runs; infinite where fewer than half jumped)
         and ``predicted`` with its 90 % band; ``stability_limit`` 2 B/((n − 2) α h*) with its band (infinite for n ≤ 2, NaN for laws without
         n) and ``gradient_descent_limit`` 2/h*. Empty if no run of the data is a ramp.
     """
@@ -127,8 +127,9 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
         levels = levels.sort_values("learning_rate")
         eta, runs, escapes = (levels[name].to_numpy(float) for name in ("learning_rate", "runs", "escapes"))
         held = float(np.round((levels["exposure"] / (levels["learning_rate"] * levels["runs"])).max()))
-        chance = rng.beta(escapes + 0.5, runs - escapes + 0.5, size=(2000, len(eta)))
-        measured = _crossing(eta, -np.log1p(-chance))
+        chance = rng.beta(np.maximum(escapes, 1e-9), np.maximum(runs - escapes, 1e-9), size=(2000, len(eta)))
+        chance = np.where(escapes == 0, 0.0, np.where(escapes == runs, 1.0, chance))
+        measured = _crossing(eta, np.minimum(-np.log1p(-np.minimum(chance, 1 - 1e-15)), 30.0))
         step = eta[-1] / eta[-2] if len(eta) > 1 else 1.3
         grid = np.concatenate([eta, eta[-1] * step ** np.arange(1, EXTENSION + 1)])
         base = [int(levels.index[0])] * len(grid)
