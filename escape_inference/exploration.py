@@ -32,7 +32,7 @@ from escape_inference.tempering import Outcome
 FEW_DIMENSIONS = 7
 PARTICLES = 2000
 BLOCK = 500
-CHECKED = 200  #: points at which a table is compared with the law
+CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
 WIDE_SDS = 6.0  #: half the width of the wide table, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(200.0)))

@@ -37,7 +37,7 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-TABLE_TOLERANCE = 0.1  #: largest error of the log density that is accepted from a law's tabulated rates
+TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
 SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 POOLINGS = ("complete", "partial")

@@ -22,7 +22,7 @@ from escape_inference.student import at_points
 
 REFIT_DRAWS = 400  #: draws of each chain where NUTS runs again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
-OUTSIDE = 1e-2  #: weight beyond the region where the law's rates are tabulated that is accepted
+OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted
 
 
 class Sample(NamedTuple):
