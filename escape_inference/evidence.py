@@ -18,7 +18,7 @@ References:
     Dau & Chopin, JRSS B 84, 114 (2022) (waste-free SMC).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,21 @@ def agree(first: Evidence, second: Evidence) -> bool:
     difference = abs(first.log_evidence - second.log_evidence)
     error = float(np.hypot(first.standard_error, second.standard_error))
     return bool(difference <= MAX_ERRORS * error and difference <= MAX_NATS)
+
+
+def pooled(several: Sequence[Evidence]) -> Evidence:
+    """The mean of independent unbiased estimates of Z; its error is from their own or from their spread, whichever is larger.
+
+    >>> one = pooled([Evidence(-10.0, 0.2, "smc"), Evidence(-10.1, 0.2, "smc")])
+    >>> round(one.log_evidence, 2), round(one.standard_error, 2)
+    (-10.05, 0.14)
+    """
+    log_z = np.array([one.log_evidence for one in several])
+    errors = np.array([one.standard_error for one in several])
+    share = np.exp(log_z - log_z.max())
+    inner = np.sqrt(np.sum((share * errors) ** 2)) / share.sum()
+    outer = np.std(share, ddof=1) / np.mean(share) / np.sqrt(len(share)) if len(share) > 1 else 0.0
+    return Evidence(float(log_z.max() + np.log(share.mean())), float(max(inner, outer)), several[0].method)
 
 
 @float64
@@ -115,7 +130,7 @@ def smc_log_evidence(
     data: Any = None,
     seed: int = 0,
     particles: int = 1024,
-    moves: int = 16,
+    moves: int = 64,
     replicates: int = 4,
     target: float = 0.5,
     max_temperatures: int = 500,
@@ -172,7 +187,7 @@ def smc(
     data: Any,
     seed: int,
     particles: int = 1024,
-    moves: int = 16,
+    moves: int = 64,
     replicates: int = 4,
     target: float = 0.5,
     max_temperatures: int = 500,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
-from escape_inference.evidence import Evidence, smc
+from escape_inference.evidence import Evidence, pooled, smc
 from escape_inference.law import Law, Parameter
 from escape_inference.likelihood import Observations, marginal_log_likelihood
 from escape_inference.model import (
@@ -24,7 +24,7 @@ from escape_inference.model import (
     known_settings,
     sample_prior,
 )
-from escape_inference.passage_table import tables_for
+from escape_inference.passage_table import RICHARDSON, tables_for
 from escape_inference.sampler import Shapes
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome
@@ -32,10 +32,12 @@ from escape_inference.tempering import Outcome
 FEW_DIMENSIONS = 7
 PARTICLES = 2000
 BLOCK = 500
+ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
+MOST_RUNS = 3
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
 WIDE_SDS = 6.0  #: half the width of the wide table, in standard deviations of the prior
-LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(200.0)))
+LOG_DIMENSIONS = (float(np.log(0.002)), float(np.log(200.0)))
 SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
 
 
@@ -97,11 +99,13 @@ def explore(
     ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
     """
     nothing = Evidence(float("nan"), float("nan"), "none")
+    tabulated = _can_be_tabulated(law, inputs, shapes)
+    if tabulated:
+        inputs = with_passage_tables(law, inputs, only_shipped=True)
     itself = _itself(law, inputs, shapes)
     dim = len(itself.used)
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
-    tabulated = _can_be_tabulated(law, inputs, shapes)
     if tabulated and announce is not None:
         announce(_blank(problem, "near"), observed)
     table = None
@@ -118,6 +122,10 @@ def explore(
             announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size)
     assert outcome is not None
+    known = [evidence]
+    while not evidence.standard_error < ERROR_WANTED and len(known) < MOST_RUNS:
+        known.append(_tempered(scout.target, observed, seed + 7919 * len(known), size)[0])
+        evidence = pooled(known)
     z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
     weight = np.asarray(outcome.weights).ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
@@ -143,7 +151,7 @@ def _blank(problem: Problem, extent: str) -> Target:
     rates = np.zeros((len(chebyshev_points(count, extent)), inputs.learning_rate.shape[0]))
     names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
     table = tabulate(rates, offset[:count], scale[:count], names, positive, extent)
-    return _slots(replace(inputs, surrogate=table), law, offset, scale)
+    return _slots(replace(inputs, surrogate=table, passage=None), law, offset, scale)
 
 
 def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = None) -> Problem:
@@ -160,13 +168,18 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
     return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
 
 
-def with_passage_tables(law: Law, inputs: Inputs) -> Inputs:
-    """The threshold laws as splines where the settings are latent, so that the sampler need not integrate."""
+def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) -> Inputs:
+    """The threshold laws as splines, so that neither tables nor samplers need integrate; perhaps only if all that are needed ship."""
     spread = float(
         np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
     )
-    tables = tables_for(law, [(setting, spread) for _, setting, _ in known_settings(inputs)])
+    tables = tables_for(law, [(setting, spread) for _, setting, _ in known_settings(inputs)], only_shipped)
     return replace(inputs, passage=tables) if tables else inputs
+
+
+def with_integrals(problem: Problem) -> Problem:
+    """The same problem with the integrals themselves in place of the splines that ship."""
+    return replace(problem, inputs=replace(problem.inputs, passage=None))
 
 
 def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:
@@ -242,6 +255,17 @@ def table_error(
     return float(np.max(np.abs(error - error.mean())))
 
 
+def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
+    """Largest error of the log-likelihood from the splines that ship, estimated from coarser ones; 0 without them."""
+    inputs = problem.inputs
+    if not inputs.passage or problem.target.inputs.surrogate is None:
+        return 0.0
+    coarse = replace(inputs, passage={start: table.coarser() for start, table in inputs.passage.items()})
+    model = problem.target.to_model(_spread_out(points))
+    one, two = (_total(replace(problem, inputs=each), model, DEFAULT_WIDTHS) for each in (inputs, coarse))
+    return float(np.max(np.abs(one - two - np.mean(one - two)))) / RICHARDSON
+
+
 def _can_be_compared(problem: Problem) -> bool:
     """Whether samplers see a table or spline of rates, at settings that are known without error."""
     inputs = problem.target.inputs
@@ -269,18 +293,26 @@ def _exact_minus_table(
     problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths
 ) -> Float[np.ndarray, " checked"]:
     """Log-likelihood by the law minus that by its table or spline, at as many of the points as are checked."""
-    z = points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
+    z = _spread_out(points)
     table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
-    count = len(problem.target.used) - 2
-    exact = jnp.asarray(_law_rates(problem, model))
-    prefactor = jnp.asarray(model[:, count])
-    discrepancy = discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy)
     if table is None:
-        other = jnp.asarray(_law_rates(replace(problem, inputs=problem.target.inputs), model))
+        rates = _law_rates(replace(problem, inputs=problem.target.inputs), model)
     else:
-        other = _table_rates(table, {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)})
-    one, two = (_scores(rates + prefactor[:, None], discrepancy, problem.observed) for rates in (exact, other))
-    return np.asarray(one - two)
+        rates = _table_rates(table, {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)})
+    return _total(problem, model, widths) - _total(problem, model, widths, rates)
+
+
+def _spread_out(points: np.ndarray) -> np.ndarray:
+    """As many of the points as are checked, evenly chosen."""
+    return points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
+
+
+def _total(problem: Problem, model: np.ndarray, widths: PriorWidths, rates: Any = None) -> Float[np.ndarray, " point"]:
+    """Log-likelihood of all conditions at points of the law's unconstrained space, by the law's own rates or by others."""
+    count = len(problem.target.used) - 2
+    rates = jnp.asarray(_law_rates(problem, model) if rates is None else rates)
+    discrepancy = discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy)
+    return np.asarray(_scores(rates + jnp.asarray(model[:, count])[:, None], discrepancy, problem.observed))
 
 
 @jax.jit
@@ -311,26 +343,47 @@ def with_surrogate(
     if not np.isfinite(rates).all():
         return None
     names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
-    return replace(inputs, surrogate=tabulate(rates, middle, half_width, names, positive, extent))
+    table = tabulate(rates, middle, half_width, names, positive, extent)
+    return replace(inputs, surrogate=table, passage=None)
 
 
 def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Float[np.ndarray, "point condition"]:
     """The law's own log rates at points whose first coordinates are its parameters, all conditions and points at once."""
     law, inputs = problem.law, problem.inputs
     values = {
-        p.name: jnp.asarray(np.exp(column) if p.positive else column)
+        p.name: np.exp(column) if p.positive else column
         for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
     }
-    parts = []
+    if all(barrier == "saddle" or start in (inputs.passage or {}) for barrier, start, *_ in inputs.groups):
+        blocks = -(-len(z) // BLOCK)
+        padded = {
+            k: np.pad(x, (0, blocks * BLOCK - len(z)), mode="edge").reshape(blocks, BLOCK) for k, x in values.items()
+        }
+        bare = replace(inputs, surrogate=None)
+        parts = [np.asarray(_rates_block({k: x[i] for k, x in padded.items()}, bare, law)) for i in range(blocks)]
+        return np.concatenate(parts)[: len(z)]
+    parts = []  # integrals: those of all points and conditions in blocks of their own
     for part, setting, carried in known_settings(inputs):
         shape = (len(z), part.stop - part.start)
-        columns = {name: value[:, None] for name, value in values.items()}
+        columns = {name: jnp.asarray(value)[:, None] for name, value in values.items()}
         try:
             rates = jnp.broadcast_to(law.log_rate(columns | carried, setting), shape)
         except (TypeError, ValueError):  # a law that cannot take a column of values for each parameter
             rates = jax.jit(jax.vmap(lambda one: law.log_rate(one | carried, setting)))(values)  # noqa: B023
         parts.append(np.asarray(rates))
     return np.concatenate(parts, axis=1)
+
+
+@partial(jax.jit, static_argnames="law")
+def _rates_block(values: dict[str, Array], inputs: Inputs, law: Law) -> Float[Array, "point condition"]:
+    def one(values: dict[str, Array]) -> Array:
+        parts = [
+            jnp.broadcast_to(law.log_rate(values | carried, setting), (part.stop - part.start,))
+            for part, setting, carried in known_settings(inputs)
+        ]
+        return jnp.concatenate(parts)
+
+    return jax.vmap(one)(values)
 
 
 def _tabulated(law: Law, inputs: Inputs) -> list[Parameter]:

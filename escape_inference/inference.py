@@ -1,6 +1,6 @@
 """From a table to the posterior of one law."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import Problem, Target, densities, evaluate_points, explore, focus, table_error
+from escape_inference.exploration import (
+    Problem,
+    Target,
+    densities,
+    evaluate_points,
+    explore,
+    focus,
+    spline_error,
+    table_error,
+    with_integrals,
+)
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
@@ -40,6 +50,7 @@ DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
 SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
+ATTEMPTS = 4
 POOLINGS = ("complete", "partial")
 
 
@@ -174,24 +185,30 @@ def run_chains(
 
 
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
-    """Sample the posterior; once more where it is not where it was expected, or longer if the sampler did not converge.
+    """Sample the posterior; once more where it is not where it was expected or the sampler did not converge, at last with a longer warm-up.
 
-    A table of the law's rates that is off at the draws is made anew around them; one that stays off makes the fit untrustworthy.
+    A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the splines that ship
+    are not accurate enough there; one that stays off makes the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
-    for attempt in range(3):
+    for attempt in range(ATTEMPTS):
         run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
         points = run.z.reshape(-1, run.z.shape[-1])
         convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
-        error = table_error(problem, points)
-        if attempt == 2 or (error <= tolerance and convergence.trustworthy):
+        error, of_spline = table_error(problem, points), spline_error(problem, points)
+        off = error > tolerance or of_spline > TABLE_TOLERANCE
+        if attempt == ATTEMPTS - 1 or (not off and convergence.trustworthy):
             break
-        if error > tolerance:
+        if of_spline > TABLE_TOLERANCE:
+            problem = focus(with_integrals(problem), points)
+        elif off:
             problem = focus(problem, points)
-        else:
+        elif attempt == ATTEMPTS - 2:
             warmup *= 4
-    if error > tolerance:
+        problem = replace(problem, particles=points)  # from where the chains of the next attempt start
+    if off:
+        error = max(error, of_spline)
         reason = f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {tolerance})"
         convergence = convergence._replace(trustworthy=False, reason=reason)
     return summarise(problem, run, convergence)

@@ -45,10 +45,10 @@ def make_law_design(
         InputError: the law has no formula for the barrier, or the parameters are not its own.
 
     >>> from escape_inference.law import load_law
-    >>> design, values = make_law_design(load_law("arrhenius"), {"noise_strength": 0.02}, minima=3)
+    >>> design, values = make_law_design(load_law("arrhenius"), {"noise_strength": 1.0}, minima=3)
     >>> rate = np.exp(law_log_rate(load_law("arrhenius"), design, values, "saddle")) / design["hessian_minimum"]
     >>> len(design), values, bool((rate > 0.00069).all() and (rate < 0.031).all())
-    (9, {'noise_strength': 0.02}, True)
+    (9, {'noise_strength': 1.0}, True)
     """
     rng = np.random.default_rng(seed)
     rows = spread_minima(rng, barrier, minima)

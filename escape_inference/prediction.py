@@ -7,6 +7,7 @@ of the power law, ``η_c = 2 B/((n − 2) α h*)`` (Mori et al. 2022), and the l
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from escape_inference.law import Law, Setting, load_law
+from escape_inference.passage_table import tables_for
 from escape_inference.precision import float64
 
 DRAWS = 200  #: posterior draws that predictions use
@@ -92,6 +94,7 @@ def predict_log_rates(
             barrier=str(kind[0]),  # type: ignore[arg-type]
             start=str(kind[1]),  # type: ignore[arg-type]
         )
+        here = replace(here, passage=tables_for(law, [(here, 0.0)], only_shipped=True).get(here.start))
         flat = {name: jnp.asarray(x[:, part].ravel()) for name, x in values.items()}
         rates = jnp.broadcast_to(law.log_rate(flat, here), here.learning_rate.shape)
         result[:, part] = np.asarray(rates).reshape(len(chosen), -1)

@@ -54,7 +54,7 @@ def trend(
 
     >>> rng, x = np.random.default_rng(0), np.geomspace(1, 9, 40)
     >>> noise = rng.normal(size=(300, 40))
-    >>> trend(noise, np.ones((300, 1)), x)["trend"], trend(noise + np.log(x), np.ones((300, 1)), x)["trend"]
+    >>> trend(noise, np.ones((300, 1)), x)["trend"], trend(noise + 2 * np.log(x), np.ones((300, 1)), x)["trend"]
     (False, True)
     """
     basis = _polynomials(np.log(variable))

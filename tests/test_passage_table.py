@@ -1,4 +1,4 @@
-"""The spline of the threshold laws against the laws themselves."""
+"""The splines of the threshold laws against the laws themselves."""
 
 import dataclasses
 
@@ -7,32 +7,86 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from escape_inference import inference
+from escape_inference.exploration import focus, spline_error
 from escape_inference.law import Setting, load_law
-from escape_inference.passage import log_leading_rate, log_mean_passage_rate
-from escape_inference.passage_table import build_passage_table, tables_for
+from escape_inference.passage_table import (
+    LOG_DIMENSIONS,
+    LOG_EXCESSES,
+    LOG_TEMPERATURES,
+    RICHARDSON,
+    STARTS,
+    build_passage_table,
+    tables_for,
+)
 from escape_inference.precision import float64
+from escape_inference.sde import simulate_sde
+from escape_inference.worlds import World, make_design
 
-EXACT = {"minimum": log_mean_passage_rate, "quasi_stationary": log_leading_rate}
+
+def _points(count, most_dimensions, seed=2):
+    rng = np.random.default_rng(seed)
+    T, c_minus_1 = (np.exp(rng.uniform(*bounds, count)) for bounds in (LOG_TEMPERATURES, LOG_EXCESSES))
+    return T, 1 + c_minus_1, np.exp(rng.uniform(LOG_DIMENSIONS[0], np.log(most_dimensions), count))
 
 
-@pytest.mark.parametrize(("start", "q"), [("minimum", 0.0), ("quasi_stationary", 1.0)])
+def _error(table, start, T, c, n, q):
+    exact = np.asarray(STARTS[start](T, c, n, q))
+    rate = np.asarray(table(*(jnp.asarray(x) for x in (T, c, n)), q))
+    seen = (exact > -20) & (exact < 3)
+    return np.abs(rate - exact)[seen]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("q", "most", "typical"), [(0.0, 1e-5, 1e-6), (1.0, 0.05, 1e-5)])
 @float64
-def test_the_spline_is_the_law_where_posteriors_live(start, q):
-    table = build_passage_table(start, (float(np.log(0.3)), float(np.log(1.5))), q)
-    rng = np.random.default_rng(2)
-    T, n = np.exp(rng.uniform(np.log(0.02), np.log(1.0), 400)), np.exp(rng.uniform(np.log(0.3), np.log(12), 400))
-    c = 1 + np.exp(rng.uniform(np.log(0.3), np.log(1.5), 400))
-    exact = np.asarray(EXACT[start](T, c, n, q))
-    difference = np.abs(np.asarray(table(jnp.asarray(T), jnp.asarray(c), jnp.asarray(n), q)) - exact)
-    assert difference.max() < 5e-3  # a rate within half a per cent, far below any discrepancy
-    assert np.quantile(difference, 0.9) < 5e-4
+def test_the_splines_that_ship_are_the_laws(start, q, most, typical):
+    error = _error(build_passage_table(start, LOG_EXCESSES, q), start, *_points(3000, 20.0), q)
+    assert error.max() < most
+    assert np.quantile(error, 0.9) < typical
 
-    def total(law):
-        return jax.grad(lambda x: jnp.sum(law(*(jnp.asarray(v) for v in (x[0], c, x[1], q)))), holomorphic=False)
 
-    x = jnp.stack([jnp.asarray(T), jnp.asarray(n)])
-    slope, exact_slope = total(table)(x), total(EXACT[start])(x)
-    np.testing.assert_allclose(slope * x, exact_slope * x, atol=0.05, rtol=0.01)
+@pytest.mark.parametrize("start", STARTS)
+@float64
+def test_slopes_of_the_splines_are_those_of_the_laws(start):
+    T, c, n = _points(500, 12.0, seed=3)
+    exact = np.asarray(STARTS[start](T, c, n, 1.0))
+    x = np.stack([T, c, n])[:, (exact > -15) & (exact < 3)]
+
+    def slopes(law):
+        return jax.grad(lambda x: jnp.sum(law(x[0], x[1], x[2], jnp.ones_like(x[0]))))(jnp.asarray(x)) * x
+
+    table = build_passage_table(start, LOG_EXCESSES, 1.0)
+    np.testing.assert_allclose(
+        slopes(lambda T, c, n, q: table(T, c, n, 1.0)), slopes(STARTS[start]), atol=0.01, rtol=1e-3
+    )
+
+
+@float64
+def test_a_difference_from_the_coarser_spline_warns_where_the_spline_is_not_accurate():
+    table = build_passage_table("minimum", LOG_EXCESSES, 1.0)
+    T, c, n = _points(4000, 150.0)
+    exact, rate, coarse = (np.asarray(law(T, c, n, 1.0)) for law in (STARTS["minimum"], table, table.coarser()))
+    wrong = (np.abs(rate - exact) > 1e-3) & (exact > -20) & (exact < 3)
+    assert wrong.sum() > 20
+    assert np.mean(np.abs(rate - coarse)[wrong] / RICHARDSON > 5e-4) > 0.95
+
+
+@float64
+def test_beyond_the_grid_the_splines_go_on_linearly_as_the_laws_do():
+    for q, n, atol in ((0.0, 0.002, 0.01), (1.0, 0.002, 0.001)):
+        table = build_passage_table("minimum", LOG_EXCESSES, q)
+        T, c = np.array([0.05, 0.1, 0.3]), np.array([1.3, 2.0, 3.0])
+        np.testing.assert_allclose(table(T, c, n, q), STARTS["minimum"](T, c, n, q), atol=atol)
+
+
+@float64
+def test_a_table_made_for_the_measurements_is_the_one_that_ships():
+    made = build_passage_table("minimum", (-1.0, 0.5), 1.0, shipped=False)
+    T, c, n = np.array([0.02, 0.1, 0.5]), np.array([1.5, 2.0, 2.5]), np.array([0.5, 3.0, 12.0])
+    np.testing.assert_allclose(
+        made(T, c, n, 1.0), build_passage_table("minimum", (-1.0, 0.5), 1.0)(T, c, n, 1.0), atol=1e-4
+    )
 
 
 @float64
@@ -40,6 +94,26 @@ def test_a_law_is_asked_which_noise_exponent_it_uses():
     one = jnp.ones(2)
     setting = Setting(0.1 * one, 8 * one, one, one, 0.5 * one, one, one, barrier="threshold", start="minimum")
     assert tables_for(load_law("power_law"), [(setting, 0.0)])["minimum"].coefficients.ndim == 3
+    assert tables_for(load_law("arrhenius"), [(setting, 0.0)])["minimum"].coefficients.ndim == 2
+    assert tables_for(load_law("noise_exponent"), [(setting, 0.0)], only_shipped=True) == {}
     saddle = dataclasses.replace(setting, barrier="saddle")
     assert tables_for(load_law("power_law"), [(saddle, 0.0)]) == {}
     assert tables_for(load_law("constant_rate"), [(setting, 0.0)]) == {}
+
+
+@float64
+def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
+    world = World(noise="loss", dimension=2, barrier="threshold")
+    table = simulate_sde(world, make_design(world, minima=4, learning_rates=3, runs=20, seed=1), seed=1)
+    prepared = inference.prepare(table)
+    problem = inference.build_problem(load_law("power_law"), prepared)
+    assert 0 < spline_error(problem, problem.particles) < 0.01
+    blurred = {start: spline.coarser().coarser() for start, spline in problem.inputs.passage.items()}
+    blurred = focus(dataclasses.replace(problem, inputs=dataclasses.replace(problem.inputs, passage=blurred)))
+    assert spline_error(blurred, problem.particles) > 0.05
+    fits = [inference.fit_law(one, seed=0, draws=1000, warmup=500, chains=4) for one in (problem, blurred)]
+    assert fits[0].problem.inputs.passage is not None
+    assert fits[1].problem.inputs.passage is None
+    assert all(fit.convergence.trustworthy for fit in fits)
+    means = [np.log(fit.sites["temperature_scale"]).mean() for fit in fits]
+    assert abs(means[0] - means[1]) < 4 * np.log(fits[0].sites["temperature_scale"]).std() / np.sqrt(500)
