@@ -16,7 +16,9 @@ from arviz_stats import psense
 MOVED_CONTRACTION = 0.36  #: sd of the posterior below 0.8 of the prior's
 MOVED_SHIFT = 1.0  #: or the mean moved by so many standard deviations of the prior
 SENSITIVE = 0.05  #: cumulative Jensen-Shannon distance above which a posterior follows its prior
+NARROW = 0.9  #: contraction (sd below a third of the prior's) beyond which that sensitivity is no objection
 TIED = 0.9  #: correlation from which two parameters are known in combination only
+PARTNERS = 0.5  #: the same where neither is narrow: their priors cut the ridge short
 
 _NAMES = {
     "temperature_scale": "the temperature scale α",
@@ -47,7 +49,8 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
         One row for each scalar parameter, indexed by its name: ``contraction`` (1 − variance of the posterior over that of the prior, of the
         logarithm for positive parameters), ``shift`` (of the mean, in sd of the prior), ``prior_sensitivity`` and
         ``likelihood_sensitivity`` (power scaling; above 0.05 the posterior follows), ``correlated_with`` and ``correlation``
-        (the strongest), ``status`` (``identified``, ``combination`` or ``not identified``) and ``sentence``.
+        (the strongest), ``status`` and ``sentence``. Status ``not identified``: the posterior is about the prior; ``combination``: it moved
+        but follows its prior, and another parameter; ``weakly identified``: it moved but follows its prior; else ``identified``.
 
     >>> import escape_inference as ei
     >>> rate = np.repeat([0.02, 0.03, 0.04], 40)  # one minimum, one barrier: n and the prefactor cannot be told apart
@@ -55,8 +58,8 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
     >>> table = pd.DataFrame({"minimum": "m", "run": range(120), "learning_rate": rate, "batch_size": 8, "steps": steps,
     ...     "escaped": True, "loss_minimum": 1.0, "loss_barrier": 1.5, "hessian_minimum": 1.0, "hessian_saddle": 1.0})
     >>> known = ei.identifiability(ei.infer("power_law", table, draws=250, warmup=250))
-    >>> list(known.index)
-    ['temperature_scale', 'effective_dimension', 'log_prefactor', 'discrepancy']
+    >>> known.loc["effective_dimension", "status"] == "identified"
+    False
     """
     fit = fit.load()
     scale = _on_prior_scale(fit)
@@ -73,11 +76,18 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
         row = {"contraction": contraction, "shift": shift}
         row |= {f"{group}_sensitivity": values[name] for group, values in sensitivity.items()}
         row |= {"correlated_with": names[partner], "correlation": correlations[i, partner]}
-        moved = contraction > MOVED_CONTRACTION or abs(shift) > MOVED_SHIFT
-        tied = abs(correlations[i, partner]) > TIED and row["prior_sensitivity"] > SENSITIVE
-        row["status"] = "not identified" if not moved else "combination" if tied else "identified"
+        row["status"] = _status(row)
         rows.append(row | {"sentence": _sentence(name, row, fit)})
     return pd.DataFrame(rows, index=pd.Index(names, name="parameter"))
+
+
+def _status(row: dict) -> str:
+    correlation, follows = abs(row["correlation"]), row["prior_sensitivity"] > SENSITIVE
+    if row["contraction"] <= MOVED_CONTRACTION and abs(row["shift"]) <= MOVED_SHIFT:
+        return "not identified"
+    if follows and correlation > (TIED if row["contraction"] > NARROW else PARTNERS):
+        return "combination"
+    return "weakly identified" if follows and row["contraction"] <= NARROW else "identified"
 
 
 def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -106,6 +116,8 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
         return (
             f"{subject} is identified: the data shrink its prior variance by {100 * max(row['contraction'], 0):.0f} %."
         )
+    if row["status"] == "weakly identified":
+        return f"{subject} is weakly identified: its prior still counts; {_remedy_for(name, remedy, fit)}."
     fixed = f"the data fix only its combination with {partner} (correlation {row['correlation']:.2f})"
     if row["status"] == "combination":
         return f"{subject} is identified through its prior: {fixed}; {_remedy_for(name, remedy, fit)}."

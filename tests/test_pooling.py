@@ -41,10 +41,19 @@ def test_partial_pooling_gives_a_value_for_each_minimum_and_for_the_population(p
     assert ((low < 1.0) & (high > 1.0)).all()
 
 
-def test_pooling_is_wider_than_one_value_for_all(partial, complete):
-    one_for_all = float(np.log(complete["posterior"]["temperature_scale"]).std())
-    of_each = np.log(partial["posterior"]["temperature_scale_by_minimum"]).std(("chain", "draw"))
-    assert float(of_each.mean()) > 1.2 * one_for_all
+def test_minima_whose_curvature_was_measured_wrongly_get_temperature_scales_of_their_own(table):
+    wrong = pd.Series(np.exp([-0.6, 0.5, -0.3, 0.6, -0.5, 0.3]), index=table["minimum"].unique())
+    # T = α η h*/B and the prefactor see the same h*: only the temperature scale can make up for it
+    shifted = table.assign(hessian_minimum=table["hessian_minimum"] * table["minimum"].map(wrong))
+    shifted["hessian_saddle"] = shifted["hessian_saddle"] / table["minimum"].map(wrong)
+    own = ei.infer("power_law", shifted, pooling="partial", **SHORT)["posterior"]
+    one = ei.infer("power_law", shifted, **SHORT)["posterior"]
+    scale = np.log(own["temperature_scale_by_minimum"].sel(minimum=wrong.index.to_numpy()))
+    z = (scale.mean(("chain", "draw")) + np.log(wrong.to_numpy())) / scale.std(("chain", "draw"))
+    assert np.abs(z).max() < 3
+    spread = own["temperature_scale_spread"]
+    assert float(spread.quantile(0.05)) > 0.15
+    assert float(one["discrepancy"].mean()) > 2 * float(own["discrepancy"].mean())
 
 
 def test_an_error_of_the_curvature_widens_the_temperature_scale_and_the_truth_stays_inside(table, complete):
@@ -84,6 +93,19 @@ def test_ramps_and_fixed_rates_together_say_more_than_either():
 def test_a_pooling_that_does_not_exist_is_refused(table):
     with pytest.raises(ei.InputError, match="pooling is one of complete, partial"):
         ei.infer("power_law", table, pooling="none")
+
+
+def test_at_one_barrier_the_dimension_trades_off_with_the_prefactor_and_is_said_to():
+    design = make_design(WORLD, minima=1, learning_rates=4, runs=60, seed=2)
+    known = ei.identifiability(
+        ei.infer("power_law", simulate_sde(WORLD, design, seed=2).drop(columns="effective_dimension"), **SHORT)
+    )
+    n = known.loc["effective_dimension"]
+    assert n["status"] in ("combination", "not identified")
+    assert n["prior_sensitivity"] > 0.05
+    assert "its combination with the prefactor" in n["sentence"]
+    assert "a second threshold" in n["sentence"]
+    assert known.loc["temperature_scale", "status"] == "identified"
 
 
 def test_a_table_with_many_barriers_identifies_every_parameter(complete):
