@@ -26,6 +26,8 @@ NODES = 13
 _X, _W = np.polynomial.hermite.hermgauss(NODES)
 _LOG_WEIGHT = np.log(_W) + _X**2 + 0.5 * np.log(2.0)
 LARGEST_LOG_RATE = 80.0
+NEWTON_STEPS = 8
+CENTRED = 1e-3  #: distance of the quadrature from the mode, in widths of the integrand, before the last Newton step
 
 
 @jax.tree_util.register_dataclass
@@ -199,16 +201,21 @@ def _mode_and_scale(
     if observed.delayed.size:
         coarse = coarse.at[observed.delayed].set(False)
 
-    def newton(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        mode, curvature = state
+    def newton(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        mode, curvature, _, count = state
         rate = jnp.exp(jnp.minimum(log_rate + mode, LARGEST_LOG_RATE))
         y, e = rate * observed.look_width, rate * observed.exposure_before
         r = jnp.where(y < 1e-8, 1 - y / 2, y / jnp.expm1(jnp.clip(y, 1e-8, 600.0)))
         slope = observed.escapes * r - e - mode / variance
         bend = observed.escapes * r * (y + r - 1) + e + 1 / variance
-        return jnp.where(coarse, mode + slope / bend, mode), jnp.where(coarse, bend, curvature)
+        off = jnp.max(jnp.where(coarse, slope**2 / bend, 0.0))  # in widths of the integrand, squared
+        return jnp.where(coarse, mode + slope / bend, mode), jnp.where(coarse, bend, curvature), off, count + 1
 
-    mode, curvature = jax.lax.fori_loop(0, 8, newton, (mode, curvature))
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+        return (state[2] > CENTRED**2) & (state[3] < NEWTON_STEPS)
+
+    start = mode, curvature, jnp.asarray(jnp.inf, mode.dtype), jnp.asarray(0)
+    mode, curvature, *_ = jax.lax.while_loop(unfinished, newton, start)
     return mode, 1 / jnp.sqrt(curvature)
 
 
