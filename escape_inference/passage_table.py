@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
 STEPS = (0.2, 0.2, 0.2)  #: grid steps in log T, log (c − 1), log n
 STEPS_FROZEN = (0.07, 0.07)  #: in log ((c − 1)/T), log n, at q = 0
-STEPS_WITH_EXPONENT = (0.35, 0.35, 0.4, 0.5)  #: the same and q, where q varies
+STEPS_WITH_EXPONENT = (0.3, 0.3, 0.35, 0.4)  #: in log T, log (c − 1), log n and q, where q varies
 LOG_TEMPERATURES = (-6.0, 4.0)
 LOG_EXCESSES = (-4.6, 5.8)  #: log (c − 1) in the tables that ship
 LOG_SCALED = (-10.0, 8.0)  #: log ((c − 1)/T) at q = 0
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(150.0)))
-EXPONENTS = (-1.5, 2.7)
+RANGES_WITH_EXPONENT = ((-6.0, 2.5), (-3.0, float(np.log(150.0))), (-1.5, 2.7))  #: of log T, log n and q there
 SHIPPED_EXPONENTS = (0.0, 1.0)
-MARGIN = 6  #: grid points beyond the range on every side
+MARGIN = 6  #: grid points beyond the range on every side of a table that ships
+MARGIN_MADE = 2  #: the same of a table that is made for some measurements
 PAD = 8  #: points beyond those, by odd reflection, so that the spline leaves the grid straight
 RICHARDSON = 4.0  #: by which the error falls, at least, when the steps are halved (16 where they are small)
 STARTS = {"minimum": log_mean_passage_rate, "quasi_stationary": log_leading_rate}
@@ -115,7 +116,7 @@ def build_passage_table(
     """
     if shipped and _ships(log_excess, noise_exponent):
         return _shipped(start, float(noise_exponent))  # type: ignore[arg-type]
-    low, step, values = passage_values(start, log_excess, noise_exponent)
+    low, step, values = passage_values(start, log_excess, noise_exponent, MARGIN_MADE)
     return _through(low, step, values)
 
 
@@ -125,16 +126,18 @@ def _ships(log_excess: tuple[float, float], noise_exponent: float | None) -> boo
 
 
 def passage_values(
-    start: str, log_excess: tuple[float, float], noise_exponent: float | None
+    start: str, log_excess: tuple[float, float], noise_exponent: float | None, margin: int = MARGIN
 ) -> tuple[Float[np.ndarray, " axis"], Float[np.ndarray, " axis"], Float[np.ndarray, "..."]]:
     """First nodes, steps and values of ``log(κ/h*) + ΔU_q(c)/T`` at the nodes, by the integrals themselves."""
     if noise_exponent == 0:
         ranges, step = [LOG_SCALED, LOG_DIMENSIONS], np.array(STEPS_FROZEN)
+    elif noise_exponent is None:
+        log_temperatures, *others = RANGES_WITH_EXPONENT
+        ranges, step = [log_temperatures, log_excess, *others], np.array(STEPS_WITH_EXPONENT)
     else:
-        ranges = [LOG_TEMPERATURES, log_excess, LOG_DIMENSIONS] + ([EXPONENTS] if noise_exponent is None else [])
-        step = np.array(STEPS if noise_exponent is not None else STEPS_WITH_EXPONENT)
-    low = np.array([bounds[0] - MARGIN * width for bounds, width in zip(ranges, step, strict=True)])
-    counts = [int(np.ceil((b - a) / s)) + 1 + 2 * MARGIN for (a, b), s in zip(ranges, step, strict=True)]
+        ranges, step = [LOG_TEMPERATURES, log_excess, LOG_DIMENSIONS], np.array(STEPS)
+    low = np.array([bounds[0] - margin * width for bounds, width in zip(ranges, step, strict=True)])
+    counts = [int(np.ceil((b - a) / s)) + 1 + 2 * margin for (a, b), s in zip(ranges, step, strict=True)]
     axes = [a + s * np.arange(k) for a, s, k in zip(low, step, counts, strict=True)]
     grid = [x.ravel() for x in np.meshgrid(*axes, indexing="ij")]
     if noise_exponent == 0:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MOVED_SHRINKAGE = 0.8
 MOVED_SHIFT = 1.0
+ROUNDING = 1e-9  #: of an interval without width
 
 
 def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
@@ -67,9 +68,13 @@ def jsonable(value: Any) -> Any:
 def _row(
     values: np.ndarray, center: float, width: float, positive: bool, prior_sd: float, theory: float | None
 ) -> dict[str, Any]:
-    low, high = np.quantile(values, [0.05, 0.95])
     scale = np.log(values) if positive else values
-    moved = bool(scale.std() < MOVED_SHRINKAGE * width or abs(scale.mean() - center) > MOVED_SHIFT * width)
+    moved = scale.std() < MOVED_SHRINKAGE * width or abs(scale.mean() - center) > MOVED_SHIFT * width
+    return _described(values, prior_sd, bool(moved), theory)
+
+
+def _described(values: np.ndarray, prior_sd: float, moved: bool, theory: float | None) -> dict[str, Any]:
+    low, high = np.quantile(values, [0.05, 0.95])
     return {
         "mean": values.mean(),
         "sd": values.std(),
@@ -78,7 +83,7 @@ def _row(
         "prior_sd": prior_sd,
         "moved_by_data": moved,
         "theory": theory,
-        "contains_theory": None if theory is None else bool(low <= theory <= high),
+        "contains_theory": None if theory is None else bool(low - ROUNDING <= theory <= high + ROUNDING),
     }
 
 
@@ -92,15 +97,5 @@ def _measured_dimension(fit: "Fit") -> dict[str, Any]:
     center, spread = np.exp(np.asarray(measured.center))[known], np.asarray(measured.spread)[known]
     prior_sd = float(np.sqrt(np.sum((center * spread) ** 2)) / len(center))
     theory = float(center.mean())
-    low, high = np.quantile(values, [0.05, 0.95])
-    moved = bool(prior_sd > 0 and (values.std() < MOVED_SHRINKAGE * prior_sd or abs(values.mean() - theory) > prior_sd))
-    return {
-        "mean": values.mean(),
-        "sd": values.std(),
-        "q05": low,
-        "q95": high,
-        "prior_sd": prior_sd,
-        "moved_by_data": moved,
-        "theory": theory,
-        "contains_theory": bool(low - 1e-9 <= theory <= high + 1e-9),
-    }
+    moved = prior_sd > 0 and (values.std() < MOVED_SHRINKAGE * prior_sd or abs(values.mean() - theory) > prior_sd)
+    return _described(values, prior_sd, bool(moved), theory)

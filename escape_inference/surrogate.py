@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 SLOTS = 2  #: parameters that a table can have; the slots that a law does not use stay idle
-TERMS = {"near": 253, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
-NODES = {"near": {1: 24, 2: 22}, "wide": {1: 40, 2: 28}}  #: nodes a parameter, by the number of parameters
+TERMS = {"near": 351, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
+NODES = {"near": {1: 28, 2: 26}, "wide": {1: 40, 2: 28}}  #: nodes a parameter, by the number of parameters
 DEGREES = 40
 
 
