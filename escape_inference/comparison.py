@@ -67,6 +67,13 @@ class LawResult:
         """Log evidence by prior width."""
         return {width: sample.evidence for width, sample in self.samples.items()}
 
+    def without_discrepancy(self) -> None:
+        """Posterior, evidence and exact leave-one-out scores with next to no discrepancy."""
+        key = NO_DISCREPANCY
+        self.samples[key] = with_prior(self.samples[1.0], VARIANTS[key], **self.redraw)
+        self.loo[key] = leave_one_out(self.samples[key].log_likelihood[None], self.samples[key].log_weight)
+        self.leave_out(key)
+
     def leave_out(self, width: float) -> None:
         """Really leave out the conditions whose scores importance sampling cannot give."""
         sample, loo = self.samples[width], self.loo[width]
@@ -159,7 +166,7 @@ class Stages:
 
     @float64
     def study(self, law: Law, prepared: Prepared) -> LawResult:
-        """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths and without a discrepancy."""
+        """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths."""
         seed, draws, warmup, chains = (self.settings[name] for name in ("seed", "draws", "warmup", "chains"))
         with self.locks["explore"]:
             self.say(f"{law.name}: from the prior to the posterior")
@@ -175,7 +182,7 @@ class Stages:
             first = first_sample(fit, seed)
             says["point_bayes_factors"] = _points(first)
             redraw = {"seed": seed, "warmup": warmup, "chains": chains}
-            others = {key: widths for key, widths in VARIANTS.items() if key != 1.0}
+            others = {key: VARIANTS[key] for key in WIDTHS if key != 1.0}
             found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), PARALLEL)
             samples = {1.0: first} | dict(zip(others, found, strict=True))
             loo = {key: leave_one_out(one.log_likelihood[None], one.log_weight) for key, one in samples.items()}
@@ -218,7 +225,7 @@ def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
                 *difference(a.loo[width], b.loo[width]),
                 a.evidence[width].log_evidence - b.evidence[width].log_evidence if shown else float("nan"),
             )
-            for width in VARIANTS
+            for width in a.loo
         ]
     return pairs
 
@@ -237,8 +244,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawRes
     ]
     verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
     if verdict in results:  # it must hold without the discrepancy, too, with exact scores
-        for result in results.values():
-            result.leave_out(NO_DISCREPANCY)
+        side_by_side(LawResult.without_discrepancy, results.values(), PARALLEL)
         verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
     fits = {name: result.tree for name, result in results.items()}
     names = sorted(results, key=lambda name: -results[name].loo[1.0].elpd)

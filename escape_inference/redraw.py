@@ -22,6 +22,7 @@ from escape_inference.student import at_points
 
 REFIT_DRAWS = 400  #: draws of each chain where NUTS runs again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
+ATTEMPTS = 3  #: times that the law's rates are tabulated anew where the draws went
 OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted
 
 
@@ -80,12 +81,12 @@ def _redraw(
     problem, limit = sample.problem, pareto_limit(draws)
     if len(problem.target.used) <= FEW_DIMENSIONS:
         start = sample.z, log_ratio
-        for attempt in range(2):
+        for attempt in range(ATTEMPTS):
             data = _data(problem, weight, widths)
             log_joint = densities(problem.target.law, problem.target.shapes)[0]
             found = importance_sample(log_joint, *start, data=data, draws=draws, seed=seed + attempt)
             sound = found.pareto_k < limit and effective_share(found.log_weight) * draws >= LEAST_EFFECTIVE
-            if not sound or attempt or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
+            if attempt == ATTEMPTS - 1 or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
                 break
             start = found.z, found.log_weight
             problem = focus(problem, _resampled(*start, seed))
