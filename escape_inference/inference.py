@@ -1,6 +1,7 @@
 """From a table to the posterior of one law."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted fro
 SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 ATTEMPTS = 4
+ACCEPTANCE = 0.9
 POOLINGS = ("complete", "partial")
 
 
@@ -145,7 +147,16 @@ def build_problem(
         )
         start, covariance = np.zeros((chains, dim)), np.zeros((dim, dim))
         sample.prepare(
-            *(keys, start, covariance, target.inputs, observed, DEFAULT_WIDTHS.as_arrays(), np.asarray(0)),
+            *(
+                keys,
+                start,
+                covariance,
+                target.inputs,
+                observed,
+                DEFAULT_WIDTHS.as_arrays(),
+                np.asarray(0),
+                np.asarray(ACCEPTANCE),
+            ),
             log_joint=densities(target.law, target.shapes)[0],
             warmup=warmup,
             draws=draws,
@@ -164,10 +175,11 @@ def run_chains(
     warmup: int = WARMUP,
     chains: int = CHAINS,
     count: int | None = None,
+    acceptance: float = ACCEPTANCE,
 ) -> Draws:
     """Sample the posterior; ``weight`` 0 leaves a condition out, ``widths`` are those of the prior.
 
-    ``count`` ends every chain after so many draws. None of the three compiles anew.
+    ``count`` ends every chain after so many draws; a higher ``acceptance`` makes smaller steps. None of the four compiles anew.
     """
     rng = np.random.default_rng(seed)
     target = problem.target
@@ -176,7 +188,8 @@ def run_chains(
     count = min(count or draws, draws)
     keys = jax.random.split(jax.random.key(seed), chains)
     result = sample(
-        *(keys, start, covariance, target.inputs, problem.weighted(weight), widths.as_arrays(), np.asarray(count)),
+        *(keys, start, covariance, target.inputs, problem.weighted(weight), widths.as_arrays()),
+        *(np.asarray(count), np.asarray(acceptance)),
         log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,
         draws=draws,
@@ -185,33 +198,45 @@ def run_chains(
 
 
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
-    """Sample the posterior; once more where it is not where it was expected or the sampler did not converge, at last with a longer warm-up.
+    """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge.
 
-    A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the splines that ship
-    are not accurate enough there; one that stays off makes the fit untrustworthy.
+    Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
+    smaller steps. A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the
+    splines that ship are not accurate enough there; one that stays off makes the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
+    again = partial(run_chains, draws=draws, warmup=warmup, chains=chains)
+    sound: list[Draws] = []
+    refusal = 1 - ACCEPTANCE
     for attempt in range(ATTEMPTS):
-        run = run_chains(problem, everything, seed=seed + attempt, draws=draws, warmup=warmup, chains=chains)
+        run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal)
+        energy = run.energy
+        if run.diverging.any():
+            refusal /= 3
+        else:
+            sound.append(run)
+            run, energy = _joined(sound), np.concatenate([one.energy for one in sound], axis=1)
         points = run.z.reshape(-1, run.z.shape[-1])
-        convergence = check_convergence(problem.target.to_model(run.z), run.diverging, run.energy)
+        convergence = check_convergence(problem.target.to_model(run.z), run.diverging, energy)
         error, of_spline = table_error(problem, points), spline_error(problem, points)
         off = error > tolerance or of_spline > TABLE_TOLERANCE
         if attempt == ATTEMPTS - 1 or (not off and convergence.trustworthy):
             break
-        if of_spline > TABLE_TOLERANCE:
-            problem = focus(with_integrals(problem), points)
-        elif off:
-            problem = focus(problem, points)
-        elif attempt == ATTEMPTS - 2:
-            warmup *= 4
+        if off:
+            sound = []
+            problem = focus(with_integrals(problem) if of_spline > TABLE_TOLERANCE else problem, points)
         problem = replace(problem, particles=points)  # from where the chains of the next attempt start
     if off:
         error = max(error, of_spline)
         reason = f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {tolerance})"
         convergence = convergence._replace(trustworthy=False, reason=reason)
     return summarise(problem, run, convergence)
+
+
+def _joined(runs: list[Draws]) -> Draws:
+    """Runs chain by chain one after the other, thinned to the length of one."""
+    return Draws(*(np.concatenate(parts, axis=1)[:, len(runs) - 1 :: len(runs)] for parts in zip(*runs, strict=True)))
 
 
 def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:

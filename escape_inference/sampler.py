@@ -35,16 +35,17 @@ def chains(
     observed: Observations,
     widths: PriorWidths,
     count: Int[Array, ""],
+    acceptance: Float[Array, ""],
     *,
     log_joint: LogDensity,
     warmup: int,
     draws: int,
 ) -> Draws:
-    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``widths`` and ``count`` compile nothing new.
+    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``widths``, ``count`` or ``acceptance`` compile nothing.
 
     :data:`sample` is the compiled form.
 
-    Only the first ``count`` of the ``draws`` places are filled.
+    Only the first ``count`` of the ``draws`` places are filled; steps are as long as a mean ``acceptance`` allows.
 
     The mass matrix is dense and starts at ``covariance``, so that combinations of parameters that the data fix are as easy as single ones.
     """
@@ -60,7 +61,7 @@ def chains(
             num_warmup=warmup,
             inverse_mass_matrix=covariance,
             dense_mass=True,
-            target_accept_prob=0.9,
+            target_accept_prob=acceptance,  # type: ignore[arg-type]
             max_tree_depth=8,
             rng_key=key,
         )

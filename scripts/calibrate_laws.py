@@ -104,6 +104,7 @@ def ranks(law: Law, barrier: str, tables: int, seed: int = 0) -> pd.DataFrame:
                 seen,
                 DEFAULT_WIDTHS.as_arrays(),
                 jnp.array(DRAWS),
+                jnp.array(0.9),
             ),
             log_joint=log_joint,
             warmup=WARMUP,
