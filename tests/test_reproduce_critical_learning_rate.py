@@ -35,7 +35,7 @@ def test_every_ramp_has_a_measured_and_a_predicted_critical_learning_rate(folder
     assert np.allclose(one["gradient_descent_limit"], 2 / one["hessian_minimum"])
     seen = one[np.isfinite(one["measured"])]
     assert len(seen) >= 3
-    assert (seen["measured"] / seen["gradient_descent_limit"]).between(0.1, 2.0).all()
+    assert (seen["measured"] / seen["gradient_descent_limit"]).between(0.05, 4.0).all()
     miss = np.log(seen["predicted"] / seen["measured"])
     assert np.sqrt(np.mean(miss**2)) < np.log(4)  # four runs a ramp, minima of a short training
 
