@@ -59,6 +59,9 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
     names = list(scale)
     posterior = pd.DataFrame({name: scale[name][0] for name in names})
     correlations = posterior.corr().to_numpy() - np.eye(len(names))
+    correlations[:, [name == "discrepancy" for name in names]] *= (
+        0.0  # the error of a law is no partner in a combination
+    )
     sensitivity = {group: _sensitivity(fit, names, group) for group in ("prior", "likelihood")}
     rows = []
     for i, name in enumerate(names):
