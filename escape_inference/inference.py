@@ -51,7 +51,7 @@ DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
 SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
-ATTEMPTS = 4
+ATTEMPTS = 6
 ACCEPTANCE = 0.9
 POOLINGS = ("complete", "partial")
 
