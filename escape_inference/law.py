@@ -17,9 +17,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 import pandas as pd
 from jaxtyping import Array, Float
+from numpyro import distributions as dist
 
 from escape_inference.errors import InputError
 from escape_inference.passage import log_leading_rate, log_mean_passage_rate, overshoot_ratio

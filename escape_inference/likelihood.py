@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from numpyro.distributions import Distribution, constraints
+from numpyro import distributions as dist
 
 NODES = 13
 _X, _W = np.polynomial.hermite.hermgauss(NODES)
@@ -248,7 +248,7 @@ def _from_table(log_rate: Array, observed: Observations) -> Array:
     return twin + curve
 
 
-class EscapeCounts(Distribution):
+class EscapeCounts(dist.Distribution):
     """Escapes of every condition for its exposure, the law's discrepancy integrated out.
 
     Each look is one trial; ``sample`` draws a discrepancy and then the number of escapes among the looks of the condition,
@@ -258,8 +258,8 @@ class EscapeCounts(Distribution):
     NumPyro's censored distributions are no substitute: their log survival saturates and loses its gradient in the tail.
     """
 
-    arg_constraints: dict[str, Any] = {"log_rate": constraints.real, "discrepancy": constraints.positive}  # noqa: RUF012
-    support = constraints.nonnegative_integer
+    arg_constraints: dict[str, Any] = {"log_rate": dist.constraints.real, "discrepancy": dist.constraints.positive}  # noqa: RUF012
+    support = dist.constraints.nonnegative_integer
 
     def __init__(self, log_rate: Array, discrepancy: Array, observed: Observations) -> None:
         self.log_rate, self.discrepancy, self.observed = log_rate, discrepancy, observed

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 import pandas as pd
 from jaxtyping import Array, Float, Int
+from numpyro import distributions as dist
 from numpyro import handlers
 
 from escape_inference.conditions import Conditions

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from numpyro.infer.hmc import HMCState, hmc
+from numpyro import infer
 
 from escape_inference.background import Ahead
 from escape_inference.likelihood import Observations
@@ -55,7 +55,7 @@ def chains(
             energy = -log_joint(point, (inputs, observed, widths))
             return jnp.where(jnp.isfinite(energy), energy, jnp.inf)
 
-        initialise, step = hmc(potential, algo="NUTS")
+        initialise, step = infer.hmc.hmc(potential, algo="NUTS")
         state = initialise(
             z,
             num_warmup=warmup,
@@ -66,7 +66,7 @@ def chains(
             rng_key=key,
         )
 
-        def record(state: HMCState, _: None) -> tuple[HMCState, tuple[Array, ...]]:
+        def record(state: infer.hmc.HMCState, _: None) -> tuple[infer.hmc.HMCState, tuple[Array, ...]]:
             state = step(state)
             return state, (
                 state.z,
@@ -82,7 +82,9 @@ def chains(
         _, first = jax.eval_shape(record, state, None)
         room = tuple(jnp.zeros((draws, *x.shape), x.dtype) for x in first)
 
-        def keep(i: Array, carry: tuple[HMCState, tuple[Array, ...]]) -> tuple[HMCState, tuple[Array, ...]]:
+        def keep(
+            i: Array, carry: tuple[infer.hmc.HMCState, tuple[Array, ...]]
+        ) -> tuple[infer.hmc.HMCState, tuple[Array, ...]]:
             state, new = record(carry[0], None)
             return state, tuple(x.at[i].set(y) for x, y in zip(carry[1], new, strict=True))
 

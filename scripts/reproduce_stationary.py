@@ -28,11 +28,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 import pandas as pd
 from jaxtyping import Array, Float
+from numpyro import distributions as dist
 from numpyro.diagnostics import effective_sample_size, summary
-from numpyro.distributions import constraints
 from numpyro.handlers import scale
 from numpyro.infer import MCMC, NUTS
 from regression_well import RegressionWell, make_well
@@ -70,8 +69,8 @@ class LossPower(dist.Distribution):
     True
     """
 
-    arg_constraints = {"exponent": constraints.positive, "growth": constraints.positive}  # noqa: RUF012
-    support = constraints.nonnegative
+    arg_constraints = {"exponent": dist.constraints.positive, "growth": dist.constraints.positive}  # noqa: RUF012
+    support = dist.constraints.nonnegative
 
     def __init__(self, exponent: Any, growth: Any, dimension: Any) -> None:
         self.exponent, self.growth = jnp.asarray(exponent), jnp.asarray(growth)

@@ -1,6 +1,7 @@
 """Laws are finite and differentiable far from typical settings, are the formulas of their papers, and are found by name, path or object."""
 
 import dataclasses
+import subprocess
 import sys
 import textwrap
 from math import exp, log, pi, sqrt
@@ -400,3 +401,10 @@ def test_a_file_in_the_folder_without_a_law_is_an_error(other_folder):
     law_file(other_folder, "nothing = 0", "test_only_f.py")
     with pytest.raises(InputError, match=r"models/test_only_f\.py: a law file must define a constant LAW"):
         built_in_laws()
+
+
+def test_numpyro_is_whole_where_another_package_imports_it_lazily():
+    """ArviZ 1 registers NumPyro with a lazy loader; ``import numpyro.distributions`` then runs that package twice and loses its parts."""
+    code = "import escape_inference.comparison, numpyro; numpyro.distributions.distribution, numpyro.infer.hmc"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
