@@ -73,7 +73,7 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
         row |= {f"{group}_sensitivity": values[name] for group, values in sensitivity.items()}
         row |= {"correlated_with": names[partner], "correlation": correlations[i, partner]}
         row["status"] = _status(row)
-        rows.append(row | {"sentence": _sentence(name, row, fit)})
+        rows.append(row | {"sentence": _sentence(name, row, fit) + _limit_of_the_formula(name, fit)})
     return pd.DataFrame(rows, index=pd.Index(names, name="parameter"))
 
 
@@ -120,6 +120,21 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
     if abs(row["correlation"]) < TIED / 2:
         fixed = "its posterior is its prior"
     return f"{subject} is not identified: {fixed}; {_remedy_for(name, remedy, fit)}."
+
+
+def _limit_of_the_formula(name: str, fit: xr.DataTree) -> str:
+    """How far n can be off because formulas over a saddle are the leading order in T.
+
+    The next order is a factor exp(a T) on the rate with a near 1/2 (mean passage time of one dimension, by quadrature), and n acts
+    as (n/2) ΔU, so that n is read too high by about T/ΔU.
+    """
+    saddles = fit["constant_data"]["barrier"].to_numpy() == "saddle"
+    if name != "effective_dimension" or not saddles.any():
+        return ""
+    posterior = fit["posterior"]
+    ratio = (posterior["temperature"] / posterior["log_barrier"]).median(("chain", "draw")).to_numpy()[saddles]
+    off = float(np.median(ratio))
+    return f" Over a saddle the formula is the leading order in T: n may be read too high by about T/ΔU = {off:.2g}."
 
 
 def _remedy_for(name: str, remedy: str, fit: xr.DataTree) -> str:

@@ -20,6 +20,7 @@ RATES = {
     "saddle": (0.0007, 0.03),
     "threshold": (0.003, 0.15),
 }  # over h*: seldom enough to be escape, often enough to be seen
+RATIOS = {"saddle": (np.exp(0.2), np.exp(1.5)), "threshold": (1.2, 2.5)}  # L^s / L*
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,13 @@ def high_barrier_rate(
     return prefactor * np.exp(-potential / temperature)
 
 
-def spread_minima(rng: np.random.Generator, barrier: str, minima: int) -> pd.DataFrame:
+def spread_minima(
+    rng: np.random.Generator, barrier: str, minima: int, ratios: tuple[float, float] | None = None
+) -> pd.DataFrame:
     """Minima that differ in everything: one row each, with the settings of a minimum and its barrier.
 
-    h* spreads over a factor of 10, L* over a factor of 100, independently; log(L^s / L*) from 0.2 to 1.5 over a saddle,
-    L^s / L* from 1.2 to 2.5 for a threshold, h^s / h* from 0.5 to 2. A single minimum is in the middle of all.
+    h* spreads over a factor of 10, L* over a factor of 100, independently, h^s / h* from 0.5 to 2, and L^s / L* within ``ratios``: evenly
+    in its logarithm for a saddle, evenly in L^s / L* - 1 for a threshold. A single minimum is in the middle of all.
 
     >>> spread_minima(np.random.default_rng(0), "threshold", 1).round(4)["loss_barrier"].tolist()
     [0.031]
@@ -120,7 +123,8 @@ def spread_minima(rng: np.random.Generator, barrier: str, minima: int) -> pd.Dat
 
     saddle = barrier == "saddle"
     hessian, loss = spread(0.5, 5.0), spread(0.002, 0.2)
-    ratio = np.exp(spread(0.2, 1.5)) if saddle else 1 + spread(0.2, 1.5)
+    low, high = ratios or RATIOS[barrier]
+    ratio = np.exp(spread(np.log(low), np.log(high))) if saddle else 1 + spread(low - 1, high - 1)
     rows = pd.DataFrame(
         {
             "minimum": [f"m{i + 1}" for i in range(minima)],
@@ -150,6 +154,7 @@ def make_design(
     start: str = "minimum",
     check_interval: int = 1,
     rates: tuple[float, float] | None = None,
+    ratios: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Conditions under which escapes are frequent enough to be seen: one row for each minimum and learning rate.
@@ -169,6 +174,7 @@ def make_design(
         check_interval: iterations between two looks.
         rates: lowest and highest escape rate over h*; by default 0.0007 to 0.03 over a saddle, 0.003 to 0.15 for a
             threshold (looks at every iteration only make the measured one about half of that).
+        ratios: lowest and highest L^s / L*; by default 1.22 to 4.48 over a saddle, 1.2 to 2.5 for a threshold.
         seed: of the spread.
 
     Returns:
@@ -180,7 +186,7 @@ def make_design(
     """
     rng = np.random.default_rng(seed)
     saddle = world.barrier == "saddle"
-    rows = spread_minima(rng, world.barrier, minima)
+    rows = spread_minima(rng, world.barrier, minima, ratios)
     hessian, loss = rows["hessian_minimum"].to_numpy(), rows["loss_minimum"].to_numpy()
     ratio = (rows["loss_barrier"] / rows["loss_minimum"]).to_numpy()
     hessian_ratio = (rows["hessian_saddle"] / hessian).to_numpy() if saddle else np.ones(minima)

@@ -8,7 +8,8 @@ of the Hessian. For a loss threshold in place of a saddle the rate is the exact 
 isotropic quadratic well of dimension n, without the limit of a small temperature.
 
 It must fail where the noise is not proportional to the loss (label noise at zero loss, gradient noise added by hand), where the
-mini-batch noise is far from Gaussian (single extreme samples), and for η h* of order one, where SGD is no diffusion.
+mini-batch noise is far from Gaussian (single extreme samples), and for η h* of order one, where SGD is no diffusion. The formula over a
+saddle is the leading order in T: at barriers of ΔU = 2 T to 5 T, n is read too high by about T/ΔU.
 """
 
 from jaxtyping import Array, Float

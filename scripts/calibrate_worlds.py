@@ -25,6 +25,10 @@ from escape_inference.worlds import World, make_design
 STRENGTH, DIMENSION = 0.3, 2  # so strong that eta h* stays near 0.1 at every minimum: beyond it SGD is no diffusion
 SHORT = {"draws": 500, "warmup": 300}
 BARRIERS = ("saddle", "threshold")
+SADDLES = {
+    "rates": (2e-4, 6e-3),
+    "ratios": (1.1, 2.1),
+}  # cold and high: the formulas over a saddle are the leading order in T
 PARTS = {
     "verdicts": [(noise, barrier) for noise in ("loss", "uniform") for barrier in BARRIERS],
     "exponents": [(q, barrier) for q in (0.0, 0.5, 1.0, 1.5) for barrier in BARRIERS],
@@ -35,8 +39,9 @@ def simulated(barrier: str, seed: int, **world: object) -> pd.DataFrame:
     """A table of ten minima at three learning rates, n left out."""
     there = World(dimension=DIMENSION, barrier=barrier, **world)  # type: ignore[arg-type]
     start = "minimum" if barrier == "saddle" else "quasi_stationary"
-    table = ei.simulate_sde(there, make_design(there, minima=10, runs=30, start=start, seed=seed), seed=seed)
-    return table.drop(columns="effective_dimension")
+    ranges = SADDLES if barrier == "saddle" else {}
+    design = make_design(there, minima=10, runs=30, start=start, seed=seed, **ranges)
+    return ei.simulate_sde(there, design, seed=seed).drop(columns="effective_dimension")
 
 
 def study(part: str, case: tuple, seed: int) -> list[dict]:

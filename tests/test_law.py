@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.integrate import cumulative_trapezoid
 
 import escape_inference.models
 from escape_inference.errors import InputError
@@ -167,6 +168,27 @@ def test_the_power_law_over_a_saddle_is_that_of_mori_and_others():
     expected = KRAMERS * (0.031 / 0.02) ** -(1 / temperature + 1 - 3.4 / 2)
     found = rate("power_law", one(), temperature_scale=0.8, effective_dimension=3.4)
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("height", [3.0, 4.0, 6.0])
+def test_finite_temperature_makes_n_of_the_saddle_formula_too_large_by_temperature_over_barrier(height):
+    """Exact passage times of one dimension, well and mirror image joined at a saddle, at barriers ΔU = height × T."""
+    temperature, sizes = np.linspace(0.03, 0.3, SIZE), []
+    table = pd.DataFrame([{**ONE, "batch_size": 1.0, "hessian_minimum": 1.0, "hessian_saddle": 1.0}] * SIZE)
+    table = table.assign(learning_rate=temperature, loss_barrier=ONE["loss_minimum"] * np.exp(height * temperature))
+    for t, barrier in zip(temperature, np.exp(height * temperature), strict=True):
+        distance = sqrt(6 * (barrier - 1))
+        x = np.linspace(-8.0, 1.5 * distance, 40_001)
+        u = np.where(x < distance, x, 2 * distance - x) / distance
+        loss = 1 + distance**2 * np.where(u < 0, u**2 / 2, u**2 / 2 - u**3 / 3)
+        density = loss ** -(1 / t + 1)
+        inner = cumulative_trapezoid(density, x, initial=0.0) / (density * t * loss)
+        sizes.append(-np.log(np.trapezoid(inner[x >= 0], x[x >= 0])))
+    law, at = load_law("power_law"), setting(table=table)
+    values = {"temperature_scale": jnp.ones(SIZE), "effective_dimension": jnp.ones(SIZE)}
+    missed = np.array(sizes) - np.asarray(law.log_rate(values, at))
+    excess = 2 * np.polyfit(height * temperature, missed, 1)[0]
+    assert excess * height == pytest.approx(1.0, abs=0.35)
 
 
 def test_arrhenius_with_uniform_noise_is_kramers_formula():

@@ -112,3 +112,7 @@ def test_a_table_with_many_barriers_identifies_every_parameter(complete):
     known = ei.identifiability(complete)
     assert list(known.index) == ["temperature_scale", "effective_dimension", "log_prefactor", "discrepancy"]
     assert (known["status"] == "identified").all()
+    ratio = complete["posterior"]["temperature"] / complete["posterior"]["log_barrier"]
+    sentence = known.loc["effective_dimension", "sentence"]
+    assert float(sentence.split("T/ΔU = ")[1].rstrip(".")) == pytest.approx(float(ratio.mean()), rel=0.3)
+    assert "leading order" not in known.loc["temperature_scale", "sentence"]
