@@ -182,6 +182,12 @@ def with_integrals(problem: Problem) -> Problem:
     return replace(problem, inputs=replace(problem.inputs, passage=None))
 
 
+def without_table(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Problem:
+    """The same problem with the law itself in place of its table, for rates that polynomials do not follow; points of the target move along."""
+    target = _itself(problem.law, problem.inputs, problem.shapes)
+    return replace(problem, near_inputs=problem.inputs, target=target, particles=problem.target.to_model(points))
+
+
 def _itself(law: Law, inputs: Inputs, shapes: Shapes) -> Target:
     dim = int(sum(np.prod(shape) for _, (shape, _) in shapes))
     return Target(law, inputs, shapes, np.arange(dim), np.zeros(dim), np.ones(dim))
@@ -258,7 +264,7 @@ def table_error(
 def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
     """Largest error of the log-likelihood from the splines that ship, estimated from coarser ones; 0 without them."""
     inputs = problem.inputs
-    if not inputs.passage or problem.target.inputs.surrogate is None:
+    if not inputs.passage:
         return 0.0
     coarse = replace(inputs, passage={start: table.coarser() for start, table in inputs.passage.items()})
     model = problem.target.to_model(_spread_out(points))

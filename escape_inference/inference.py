@@ -27,6 +27,7 @@ from escape_inference.exploration import (
     spline_error,
     table_error,
     with_integrals,
+    without_table,
 )
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
@@ -52,6 +53,7 @@ TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted fro
 SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 ATTEMPTS = 6
+TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
 POOLINGS = ("complete", "partial")
 
@@ -202,7 +204,8 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
     smaller steps. A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the
-    splines that ship are not accurate enough there; one that stays off makes the fit untrustworthy.
+    splines that ship are not accurate enough there; where that does not help, the law itself is sampled (a program of its own).
+    Rates that are off to the end make the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
@@ -225,8 +228,11 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
             break
         if off:
             sound = []
-            problem = focus(with_integrals(problem) if of_spline > TABLE_TOLERANCE else problem, points)
-        problem = replace(problem, particles=points)  # from where the chains of the next attempt start
+            problem = with_integrals(problem) if of_spline > TABLE_TOLERANCE else problem
+        if off and attempt >= TABLES and problem.target.inputs.surrogate is not None:
+            problem = without_table(problem, points)
+        else:  # the chains of the next attempt start from these draws
+            problem = replace(focus(problem, points) if off else problem, particles=points)
     if off:
         error = max(error, of_spline)
         reason = f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {tolerance})"

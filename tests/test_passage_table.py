@@ -9,7 +9,7 @@ import pytest
 
 from escape_inference import inference
 from escape_inference.exploration import focus, spline_error
-from escape_inference.law import Setting, load_law
+from escape_inference.law import Law, Parameter, Setting, load_law
 from escape_inference.passage_table import (
     LOG_DIMENSIONS,
     LOG_EXCESSES,
@@ -117,3 +117,27 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
     assert all(fit.convergence.trustworthy for fit in fits)
     means = [np.log(fit.sites["temperature_scale"]).mean() for fit in fits]
     assert abs(means[0] - means[1]) < 4 * np.log(fits[0].sites["temperature_scale"]).std() / np.sqrt(500)
+
+
+@float64
+def test_a_law_with_a_kink_is_sampled_itself_because_no_table_follows_it():
+    world = World(noise="loss", dimension=2, barrier="threshold")
+    table = simulate_sde(world, make_design(world, minima=2, learning_rates=3, runs=20, seed=1), seed=1)
+    prepared = inference.prepare(table)
+    frame = prepared.conditions.frame
+    usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+    law = Law(
+        name="kinked",
+        title="a rate with a corner",
+        source="made for this test",
+        parameters=(Parameter("bend", 0.0, 1.0, "of order one", positive=False),),
+        temperature=lambda values, setting: setting.diffusion_scale,
+        log_rate=lambda values, setting: usual - 5 * jnp.abs(values["bend"]) + 0 * setting.diffusion_scale,
+    )
+    problem = inference.build_problem(law, prepared)
+    fit = inference.fit_law(problem, seed=0, draws=1000, warmup=500, chains=4)
+    assert fit.problem.target.inputs.surrogate is None
+    assert fit.convergence.trustworthy
+    bend = fit.sites["bend"]
+    assert bend.min() < 0 < bend.max()
+    assert np.allclose(fit.sites["log_rate"][..., 0], usual - 5 * np.abs(bend) + fit.sites["log_prefactor"], atol=1e-9)
