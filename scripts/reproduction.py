@@ -2,7 +2,8 @@
 
     python scripts/reproduction.py [--folder data/reproduction]
 
-writes the page ``README.md`` and ``datapackage.json`` of that folder from the claims that the scripts left there.
+writes the page ``README.md`` and ``datapackage.json`` of that folder from the claims that the scripts left there; a script that writes into
+data/reproduction does so itself.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def run(name: str, title: str, doc: str | None, main: Callable[[Reproduction], S
     plt.rcParams.update(STYLE)
     reproduction = Reproduction(name, title, arguments.output or Path("results/reproduction"), arguments.quick)
     reproduction.finish(main(reproduction))
+    if reproduction.output.resolve() == FOLDER:
+        write_page(FOLDER)
 
 
 def across_runs(values: Sequence[float], *, single: bool = False) -> tuple[float, float, float]:
@@ -185,8 +188,8 @@ def package(records: Sequence[dict], folder: Path) -> dict:
     return {"profile": "tabular-data-package", "name": "escape-inference-reproduction", "resources": resources}
 
 
-def main(folder: Path) -> None:
-    """Write the page and the description."""
+def write_page(folder: Path) -> None:
+    """Write the page of all claims and the description of the tables."""
     order = ("noise", "decoupling", "stationary", "passage_times", "critical_learning_rate", "saddles")
     paths = sorted((p for p in folder.glob("*.json") if p.stem in order), key=lambda path: order.index(path.stem))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -198,4 +201,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    main(parser.parse_args().folder)
+    write_page(parser.parse_args().folder)
