@@ -65,7 +65,7 @@ def importance_sample(
     Args:
         log_density: ``log_density(z)`` or ``log_density(z, data)``, unnormalised log density at a point ``z [dim]``.
         start: points near the posterior.
-        log_weight: logarithm of the density over that of the points, up to a constant.
+        log_weight: logarithm of the density over that of the points, up to a constant; points where it is not finite are not used.
         data: pytree of arrays handed on to ``log_density``; other values compile nothing new.
         draws: number of draws returned.
         seed: the same seed gives the same draws.
@@ -77,7 +77,10 @@ def importance_sample(
     True
     """
     rng = np.random.default_rng(seed)
-    points, weights, settled = np.asarray(start), np.asarray(log_weight), 0
+    usable = np.isfinite(log_weight)
+    points, weights, settled = np.asarray(start)[usable], np.asarray(log_weight)[usable], 0
+    if not usable.any():
+        return Weighted(np.asarray(start), np.full(len(usable), -np.inf), float("inf"))
     for number in range(ROUNDS + 1):
         location, factor, power = _fit(points, weights)
         settled += power == 1.0

@@ -86,7 +86,8 @@ def _redraw(
             log_joint = densities(problem.target.law, problem.target.shapes)[0]
             found = importance_sample(log_joint, *start, data=data, draws=draws, seed=seed + attempt)
             sound = found.pareto_k < limit and effective_share(found.log_weight) * draws >= LEAST_EFFECTIVE
-            if attempt == ATTEMPTS - 1 or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
+            hopeless = attempt == ATTEMPTS - 1 or found.pareto_k == np.inf
+            if hopeless or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
                 break
             start = found.z, found.log_weight
             problem = focus(problem, _resampled(*start, seed))
@@ -115,6 +116,9 @@ def _log_joint(problem: Problem, z: np.ndarray, weight: np.ndarray, widths: Prio
 
 
 def _sample(problem: Problem, widths: PriorWidths, z: np.ndarray, log_weight: np.ndarray, evidence: Evidence) -> Sample:
+    """Draws without weight are left out: ratios of their densities would be 0/0."""
+    alive = np.isfinite(log_weight)
+    z, log_weight = z[alive], log_weight[alive]
     values = model_at(problem, problem.near_inputs, problem.target.to_model(z)[None], widths).log_likelihood[0]
     return Sample(problem, widths, z, log_weight, values, evidence)
 
