@@ -13,6 +13,7 @@ minima are measured too, and compared with all laws.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,8 +43,9 @@ UNKNOWN = ["effective_dimension", "effective_dimension_se"]
 RESAMPLES = 2000
 
 
-def measure(quick: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The campaign's table of runs and its table of minima."""
+def measure(here: Reproduction) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The campaign's table of runs and its table of minima; time that was spent on it before counts, too."""
+    quick = here.quick
     folder, study = Path("results") / f"critical_learning_rate{'_quick' if quick else ''}", STUDY
     if quick:
         text = STUDY.read_text(encoding="utf-8")
@@ -53,7 +55,11 @@ def measure(quick: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
         folder.parent.mkdir(exist_ok=True)
         study = folder.with_suffix(".toml")
         study.write_text(text, encoding="utf-8")
+    clock, start = folder.with_suffix(".seconds"), time.perf_counter()
+    before = float(clock.read_text()) if clock.exists() else 0.0
     path = collect(study, folder, resume=(folder / "campaign.json").exists(), progress=False)
+    clock.write_text(f"{before + time.perf_counter() - start}\n")
+    here.began -= before
     return pd.read_parquet(path), pd.read_csv(folder / "minima.csv")
 
 
@@ -123,7 +129,7 @@ def describe(result: ei.Comparison) -> str:
 
 def main(here: Reproduction) -> Sequence[Claim]:
     """Measure, fit, draw."""
-    table, minima = measure(here.quick)
+    table, minima = measure(here)
     rng = np.random.default_rng(0)
     here.table(
         "measurements",
