@@ -16,8 +16,11 @@ from escape_inference.law import Law, Parameter
 from escape_inference.likelihood import Observations, marginal_log_likelihood
 from escape_inference.model import (
     DEFAULT_WIDTHS,
+    LEVEL_QUANTITIES,
+    MINIMUM_QUANTITIES,
     Evaluation,
     Inputs,
+    Measured,
     PriorWidths,
     discrepancy_of,
     evaluate,
@@ -30,6 +33,9 @@ from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabul
 from escape_inference.tempering import Outcome
 
 FEW_DIMENSIONS = 7
+SMALLEST_ROOM = (
+    48  #: conditions in the smallest program; to compile another one takes longer than to compute with as many
+)
 PARTICLES = 2000
 BLOCK = 500
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
@@ -82,8 +88,29 @@ class Problem:
     particles: Float[np.ndarray, "particle slot"]
 
     def weighted(self, weight: Float[np.ndarray, " condition"]) -> Observations:
-        """What was seen, with other weights of the conditions."""
-        return replace(self.observed, weight=jnp.asarray(weight, float))
+        """What was seen as the target takes it, with other weights of the conditions."""
+        return seen_by(self.target, replace(self.observed, weight=jnp.asarray(weight, float)))
+
+
+def seen_by(target: Target, observed: Observations) -> Observations:
+    """What was seen, with empty conditions of weight 0 at the end for as many as the target has."""
+    extra = target.inputs.learning_rate.shape[0] - np.shape(observed.escapes)[0]
+    if not extra:
+        return observed
+    empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1.0, "weight": 0.0}
+    grown = {name: jnp.pad(getattr(observed, name), (0, extra), constant_values=x) for name, x in empty.items()}
+    return replace(observed, **grown)
+
+
+def room_for(conditions: int) -> int:
+    """The number of conditions for which programs are compiled: few different ones, so that tables share their programs.
+
+    >>> [room_for(n) for n in (3, 36, 50, 100, 400)]
+    [48, 48, 56, 112, 448]
+    """
+    size = max(conditions, SMALLEST_ROOM)
+    step = 2 ** (int(size - 1).bit_length() - 3)
+    return -(-size // step) * step
 
 
 def explore(
@@ -107,7 +134,7 @@ def explore(
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
     if tabulated and announce is not None:
-        announce(_blank(problem, "near"), observed)
+        announce(blank := _blank(problem, "near"), seen_by(blank, observed))
     table = None
     if tabulated:
         _tempered(_blank(problem, "wide"), observed, seed, size, only_compile=True)
@@ -139,7 +166,7 @@ def _tempered(
     target: Target, observed: Observations, seed: int, size: int, only_compile: bool = False
 ) -> tuple[Evidence, Outcome | None]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
-    data = (target.inputs, observed, DEFAULT_WIDTHS.as_arrays())
+    data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
     return smc(log_prior, log_likelihood, from_prior, data, seed, particles=size, only_compile=only_compile)
 
 
@@ -251,25 +278,35 @@ def _evaluate_block(
 def table_error(
     problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths = DEFAULT_WIDTHS
 ) -> float:
-    """Largest error of the log-likelihood from tabulated rates at some points of the target, apart from a constant.
+    """Share of the posterior that tabulated rates put in the wrong place, from draws of the target.
 
     Where settings are latent it is not known and counts as 0.
     """
-    if not _can_be_compared(problem):
-        return 0.0
-    error = _exact_minus_table(problem, points, widths)
-    return float(np.max(np.abs(error - error.mean())))
+    return misplaced(_exact_minus_table(problem, points, widths)) if _can_be_compared(problem) else 0.0
 
 
 def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
-    """Largest error of the log-likelihood from the splines that ship, estimated from coarser ones; 0 without them."""
+    """The same for the splines that ship, estimated from coarser ones; 0 without them."""
     inputs = problem.inputs
     if not inputs.passage:
         return 0.0
     coarse = replace(inputs, passage={start: table.coarser() for start, table in inputs.passage.items()})
     model = problem.target.to_model(_spread_out(points))
     one, two = (_total(replace(problem, inputs=each), model, DEFAULT_WIDTHS) for each in (inputs, coarse))
-    return float(np.max(np.abs(one - two - np.mean(one - two)))) / RICHARDSON
+    return misplaced((one - two) / RICHARDSON)
+
+
+def misplaced(error: Float[np.ndarray, " draw"]) -> float:
+    """Total variation between a density and the one that it should be, from the errors of its logarithm at draws of it.
+
+    No expectation of a function between 0 and 1 differs by more. A constant error does not count; one that is not a number counts as 1.
+
+    >>> round(misplaced(np.log([1.0, 3.0]) + 5.0), 3), misplaced(np.array([0.0, np.nan]))
+    (0.25, 1.0)
+    """
+    if np.isnan(error).any() or not np.isfinite(shift := logsumexp(error)):
+        return 1.0
+    return float(0.5 * np.mean(np.abs(len(error) * np.exp(error - shift) - 1)))
 
 
 def _can_be_compared(problem: Problem) -> bool:
@@ -305,6 +342,7 @@ def _exact_minus_table(
         rates = _law_rates(replace(problem, inputs=problem.target.inputs), model)
     else:
         rates = _table_rates(table, {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)})
+        rates = rates[:, : problem.observed.escapes.shape[0]]
     return _total(problem, model, widths) - _total(problem, model, widths, rates)
 
 
@@ -413,26 +451,35 @@ def _prior_scales(law: Law, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Target:
-    """The target of standard normal slots: equal for all laws but for the numbers in it."""
+    """The target of standard normal slots: equal for all laws, and tables of about as many conditions, but for the numbers in it."""
     surrogate = table.surrogate
     assert surrogate is not None
     count = len(surrogate.names)
     move = np.concatenate([offset[:count], np.zeros(SLOTS - count)])
     stretch = np.concatenate([scale[:count], np.ones(SLOTS - count)])
+    conditions, room = table.learning_rate.shape[0], room_for(table.learning_rate.shape[0])
     in_slots = replace(
         surrogate,
         center=(surrogate.center - move) / stretch,
         half_width=surrogate.half_width / stretch,
+        coefficients=jnp.pad(surrogate.coefficients, ((0, room - conditions), (0, 0))),
         names=SLOT_NAMES,
         positive=(False,) * SLOTS,
     )
-    conditions = table.learning_rate.shape[0]
-    inputs = replace(
-        table,
-        surrogate=in_slots,
+    nothing, each, which = Measured(np.zeros(1), np.zeros(1), np.zeros(0, int)), np.zeros(room), np.zeros(room, int)
+    inputs = Inputs(
+        learning_rate=each,
+        batch_size=each,
+        check_interval=each,
+        minimum=which,
+        level=which,
+        level_minimum=which[:1],
+        measured=dict.fromkeys((*MINIMUM_QUANTITIES, *LEVEL_QUANTITIES), nothing),
+        dimension_measured=np.zeros(1, bool),
         medians={name: jnp.zeros(()) for name in SLOT_NAMES},
-        groups=(("saddle", "minimum", 0, conditions),),
+        groups=(("saddle", "minimum", 0, room),),
         dimension_carried="none",
+        surrogate=in_slots,
     )
     shapes = tuple((name, ((), False)) for name in (*SLOT_NAMES, "log_prefactor", "discrepancy_base"))
     used = np.array([*range(count), SLOTS, SLOTS + 1])

@@ -49,8 +49,10 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-TABLE_TOLERANCE = 0.05  #: largest error of the log density that is accepted from a law's tabulated rates
-SPLINE_TOLERANCE = 0.5  #: the same from splines, which cannot be made anew around the draws
+TABLE_TOLERANCE = (
+    0.01  #: share of the posterior that a law's tabulated rates may misplace, far below the noise of the draws
+)
+SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 ATTEMPTS = 6
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
@@ -235,7 +237,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
             problem = replace(focus(problem, points) if off else problem, particles=points)
     if off:
         error = max(error, of_spline)
-        reason = f"the tabulated rates of the law are off by {error:.2g} in log-likelihood (must be below {tolerance})"
+        reason = f"the tabulated rates of the law misplace {error:.2g} of the posterior (at most {tolerance})"
         convergence = convergence._replace(trustworthy=False, reason=reason)
     return summarise(problem, run, convergence)
 

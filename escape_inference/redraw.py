@@ -42,7 +42,7 @@ def first_sample(fit: Fit, seed: int) -> Sample:
     """The posterior draws of a fit, with the evidence by bridge sampling."""
     z, problem, widths = fit.draws.z, fit.problem, PriorWidths()
     target = problem.target
-    data = (target.inputs, problem.observed, widths.as_arrays())
+    data = _data(problem, np.ones(len(problem.observed.escapes)), widths)
     evidence = bridge_log_evidence(densities(target.law, target.shapes)[0], z, data=data, seed=seed)
     flat, values = z.reshape(-1, z.shape[-1]), fit.log_likelihood.reshape(-1, fit.log_likelihood.shape[-1])
     return Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence)

@@ -27,6 +27,7 @@ from escape_inference.trainers.collect import collect
 
 STUDY = Path(__file__).parent / "studies" / "critical_learning_rate.toml"
 QUICK = {
+    "samples = 5000": "samples = 2000",
     "learning_rate = [0.1, 0.07, 0.05, 0.03, 0.02, 0.01]": "learning_rate = [0.1, 0.03]",
     "batch_size = [10, 20, 50, 100]": "batch_size = [20, 100]",
     "steps = 10000": "steps = 1500",

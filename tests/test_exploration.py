@@ -1,0 +1,43 @@
+"""What the samplers see of a table: the same numbers, in a program that tables of other sizes share."""
+
+import jax
+import numpy as np
+
+import escape_inference as ei
+from escape_inference.exploration import densities, room_for
+from escape_inference.inference import build_problem, model_at, prepare
+from escape_inference.law import load_law
+from escape_inference.model import DEFAULT_WIDTHS
+from escape_inference.precision import float64
+from escape_inference.student import at_points
+
+
+def table_of(conditions: int):
+    world = ei.World(dimension=3)
+    design = ei.make_design(world, runs=20, seed=2)
+    names = design.drop_duplicates(["minimum", "learning_rate", "batch_size", "loss_barrier"])
+    assert len(names) >= conditions
+    table = ei.simulate("power_law", design, {"temperature_scale": 1.0, "effective_dimension": 3.0}, seed=2)
+    keys = ["minimum", "learning_rate", "batch_size", "loss_barrier"]
+    return table.merge(names[keys].head(conditions), on=keys)
+
+
+@float64
+def test_empty_conditions_change_nothing_and_tables_of_several_sizes_share_a_program():
+    seen = []
+    for conditions in (9, 14):
+        problem = build_problem(load_law("power_law"), prepare(table_of(conditions)), draws=100, warmup=100)
+        assert problem.observed.escapes.shape == (conditions,)
+        target, everything = problem.target, np.ones(conditions)
+        assert target.inputs.learning_rate.shape == (room_for(conditions),) == (48,)
+        data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
+        points = problem.particles[:50]
+        found = at_points(densities(target.law, target.shapes)[2], points, data)
+        own = model_at(problem, problem.near_inputs, target.to_model(points)[None]).log_likelihood[0]
+        np.testing.assert_allclose(found, own.sum(axis=1), rtol=1e-9, atol=1e-9)
+        everything[3] = 0.0  # left out: the others and nothing else remain
+        data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
+        found = at_points(densities(target.law, target.shapes)[2], points, data)
+        np.testing.assert_allclose(found, np.delete(own, 3, axis=1).sum(axis=1), rtol=1e-9, atol=1e-9)
+        seen.append((jax.tree.structure(data), [np.shape(x) for x in jax.tree.leaves(data)]))
+    assert seen[0] == seen[1]
