@@ -79,7 +79,7 @@ def misses(measured: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def limits_figure(rates: pd.DataFrame, dimension: tuple[float, float, float]) -> plt.Figure:
-    """Measured critical learning rates against 1/h* with both limits."""
+    """Measured critical learning rates against 1/h* with both limits; n fitted to them, and n of the power law's posterior."""
     figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
     inverse = 1 / rates["hessian_minimum"]
     error = [rates["measured"] - rates["measured_q05"], rates["measured_q95"] - rates["measured"]]
@@ -90,6 +90,18 @@ def limits_figure(rates: pd.DataFrame, dimension: tuple[float, float, float]) ->
     label = f"2B/((n−2)h*), n = {dimension[1]:.0f} [{dimension[0]:.0f}, {dimension[2]:.0f}]"
     axis.plot(line, middle * line, color="#c33", lw=1.2, label=label)
     axis.fill_between(line, high * line, low * line, color="#c33", alpha=0.2, lw=0)
+    top = 6 * line
+    lowest, highest = (float((rates[f"stability_limit_{q}"] / inverse).median()) for q in ("q05", "q95"))
+    label = "the same, n by the power law's hazard" + ("" if np.isfinite(lowest) else ": infinite")
+    axis.fill_between(
+        line,
+        np.minimum(lowest * line, top),
+        np.minimum(highest * line, top),
+        color="#999",
+        alpha=0.25,
+        lw=0,
+        label=label,
+    )
     axis.set(xscale="log", yscale="log", xlabel="1/h* (time)", ylabel="critical learning rate η_c (time per iteration)")
     axis.legend(frameon=False, fontsize=8)
     return figure

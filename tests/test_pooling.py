@@ -21,7 +21,9 @@ def table():
 
 @pytest.fixture(scope="module")
 def complete(table):
-    return ei.infer("power_law", table, draws=1000, warmup=300)  # so many that the noise of a sensitivity decides no status
+    return ei.infer(
+        "power_law", table, draws=1000, warmup=300
+    )  # so many that the noise of a sensitivity decides no status
 
 
 @pytest.fixture(scope="module")
