@@ -21,9 +21,8 @@ def table():
 
 @pytest.fixture(scope="module")
 def complete(table):
-    return ei.infer(
-        "power_law", table, draws=1000, warmup=300
-    )  # so many that the noise of a sensitivity decides no status
+    # so many draws that the noise of a sensitivity decides no status
+    return ei.infer("power_law", table, draws=1000, warmup=300)
 
 
 @pytest.fixture(scope="module")
