@@ -49,9 +49,7 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-TABLE_TOLERANCE = (
-    0.01  #: share of the posterior that a law's tabulated rates may misplace, far below the noise of the draws
-)
+TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may misplace, far below the noise of the draws
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 ATTEMPTS = 6
