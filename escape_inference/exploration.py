@@ -70,7 +70,7 @@ class Problem:
         shapes: shape of every sampled site and whether it is positive.
         prior_inputs, near_inputs: ``inputs`` with the law's rates as polynomials over the prior and near the posterior.
         target: what samplers see: the law's rates near the posterior as polynomials of standard normal slots, or the law itself
-            where the settings are latent or the law has more than two parameters (with splines of its threshold rates).
+            where the settings are latent or the law has more than three parameters (with splines of its threshold rates).
         evidence: log evidence by tempered Monte Carlo.
         particles: points of ``target`` close to the posterior, ``[particle, slot]``, of equal weight.
     """
@@ -187,10 +187,9 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
     z = target.to_model(points)
     low, high = z.min(axis=0), z.max(axis=0)
     table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, "near")
-    if table is None or table.surrogate is None:
+    if table is None:
         return problem
-    slots = _slots(table, problem.law, target.offset, target.scale)
-    return replace(problem, near_inputs=replace(table, surrogate=table.surrogate.with_terms("wide")), target=slots)
+    return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
 
 
 def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) -> Inputs:
@@ -435,7 +434,7 @@ def _tabulated(law: Law, inputs: Inputs) -> list[Parameter]:
 
 
 def _can_be_tabulated(law: Law, inputs: Inputs, shapes: Shapes) -> bool:
-    """One or two parameters, and every setting known without error."""
+    """One to three parameters, and every setting known without error."""
     names = [p.name for p in _tabulated(law, inputs)]
     return 1 <= len(names) <= SLOTS and [name for name, _ in shapes] == [*names, "log_prefactor", "discrepancy_base"]
 
@@ -460,7 +459,7 @@ def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Ta
         surrogate,
         center=(surrogate.center - move) / stretch,
         half_width=surrogate.half_width / stretch,
-        coefficients=jnp.pad(surrogate.coefficients, ((0, room - conditions), (0, 0))),
+        loadings=jnp.pad(surrogate.loadings, ((0, room - conditions), (0, 0))),
         names=SLOT_NAMES,
         positive=(False,) * SLOTS,
     )

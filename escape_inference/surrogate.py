@@ -1,78 +1,85 @@
-"""A law's log rates as Chebyshev polynomials of its parameters, over the region where the posterior is.
+"""A law's log rates as polynomials of its parameters, over the region where the posterior is.
 
 The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler, and every law of its
-own would have to be compiled. But the log rate of every condition is a smooth function of the law's one or two parameters,
-so a table of polynomial coefficients reproduces it: roughly over the prior, where tempered Monte Carlo looks for the posterior,
-and to many digits over the region that the posterior occupies. Samplers then see numbers only, the same program for every law.
-Whoever samples with it checks draws against the exact law afterwards.
+own would have to be compiled. But the log rate of every condition is a smooth function of the law's one to three parameters, so
+products of a few polynomials of each parameter reproduce it (a Tucker decomposition of its Chebyshev coefficients): roughly over the
+prior, where tempered Monte Carlo looks for the posterior, and to many digits over the region that the posterior occupies. Samplers then
+see numbers only, the same program for every law. Whoever samples with it checks draws against the exact law afterwards.
+
+References:
+    Trefethen, Approximation Theory and Approximation Practice (2013), chapter 3; De Lathauwer, De Moor and Vandewalle,
+    SIAM J. Matrix Anal. Appl. 21, 1253 (2000).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-SLOTS = 2  #: parameters that a table can have; the slots that a law does not use stay idle
-TERMS = {"near": 351, "wide": 400}  #: products of polynomials that are kept, those of lowest total degree
-NODES = {"near": {1: 28, 2: 26}, "wide": {1: 40, 2: 28}}  #: nodes a parameter, by the number of parameters
+SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
+#: Chebyshev nodes a parameter, by the number of parameters.
+NODES = {"near": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
 DEGREES = 40
+RANK = 8  #: polynomials of each parameter
+LOADINGS = 24  #: products of them that the conditions share
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Surrogate:
-    """Chebyshev coefficients over a box in the parameters (logarithms of positive ones)."""
+    """Polynomials over a box in the parameters (logarithms of positive ones).
+
+    Attributes:
+        center, half_width: of the box.
+        polynomials: Chebyshev coefficients of the polynomials of each parameter.
+        core: coefficients of their products.
+        loadings: weight of each of these sums in the log rate of a condition.
+        names, positive: of the parameters.
+    """
 
     center: Float[Array, " slot"]
     half_width: Float[Array, " slot"]
-    degrees: Int[Array, "slot term"]
-    coefficients: Float[Array, "condition term"]
+    polynomials: Float[Array, "slot degree rank"]
+    core: Float[Array, "loading rank rank rank"]
+    loadings: Float[Array, "condition loading"]
     names: tuple[str, ...] = field(metadata={"static": True})
     positive: tuple[bool, ...] = field(metadata={"static": True})
 
     def __call__(self, values: dict[str, Array]) -> Float[Array, " condition"]:
         """Log rates (without log prefactor) for named parameter values; constant beyond the box."""
-        place = jnp.zeros(self.degrees.shape[0])
+        place = jnp.zeros(SLOTS)
         for k, (name, positive) in enumerate(zip(self.names, self.positive, strict=True)):
             raw = jnp.log(values[name]) if positive else values[name]
             place = place.at[k].set(jnp.clip((raw - self.center[k]) / self.half_width[k], -1.0, 1.0))
-        return _series(place, self.degrees, self.coefficients)
-
-    def with_terms(self, extent: str) -> "Surrogate":
-        """The same in the shape of a larger table, for programs that were compiled for that one."""
-        degrees, coefficients = (
-            jnp.asarray(_padded(np.asarray(x), TERMS[extent], axis=1)) for x in (self.degrees, self.coefficients)
-        )
-        return replace(self, degrees=degrees, coefficients=coefficients)
+        return _log_rates(place, self.polynomials, self.core, self.loadings)
 
 
 @jax.custom_jvp
-def _series(place: Float[Array, " slot"], degrees: Array, coefficients: Array) -> Float[Array, " condition"]:
-    return coefficients @ jnp.prod(_terms(_polynomials(place)[0], degrees), axis=0)
+def _log_rates(place: Float[Array, " slot"], polynomials: Array, core: Array, loadings: Array) -> Array:
+    a, b, c = _basis(place, polynomials)[..., 0]
+    return loadings @ (core @ c @ b @ a)
 
 
-@_series.defjvp
-def _series_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+@_log_rates.defjvp
+def _log_rates_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     """The gradient by the slopes of the polynomials; the table itself is a constant."""
-    place, degrees, coefficients = primals
-    value, slope = (_terms(x, degrees) for x in _polynomials(place))
-    slots = range(len(place))
-    slopes = [jnp.prod(jnp.stack([slope[j] if j == k else value[j] for j in slots]), axis=0) for k in slots]
-    both = coefficients @ jnp.stack([jnp.prod(value, axis=0), *slopes], axis=1)
+    place, polynomials, core, loadings = primals
+    a, b, c = _basis(place, polynomials)
+    inner = core @ c
+    (rest, slope_c), slope_b = jnp.moveaxis(b[:, 0] @ inner, -1, 0), inner[..., 0] @ b[:, 1]
+    sums = jnp.stack([rest @ a[:, 0], rest @ a[:, 1], slope_b @ a[:, 0], slope_c @ a[:, 0]], axis=1)
+    both = loadings @ sums
     return both[:, 0], both[:, 1:] @ tangents[0]
 
 
-def _polynomials(place: Float[Array, " slot"]) -> tuple[Float[Array, "slot degree"], Float[Array, "slot degree"]]:
-    """``T_k = cos kθ`` and ``T_k' = k sin kθ / sin θ`` at ``cos θ``, the latter kept finite at the ends of the box."""
+def _basis(place: Float[Array, " slot"], polynomials: Array) -> Float[Array, "slot rank 2"]:
+    """Values and slopes of the polynomials, from ``T_k = cos kθ`` and ``T_k' = k sin kθ / sin θ`` at ``cos θ``, finite at the ends."""
     degree, angle = jnp.arange(DEGREES), jnp.arccos(place)[:, None]
     sine = jnp.sqrt(jnp.maximum(1 - place**2, 1e-14))[:, None]
-    return jnp.cos(degree * angle), degree * jnp.sin(degree * angle) / sine
-
-
-def _terms(polynomials: Float[Array, "slot degree"], degrees: Array) -> Float[Array, "slot term"]:
-    return jnp.take_along_axis(polynomials, degrees, axis=1)
+    chebyshev = jnp.stack([jnp.cos(degree * angle), degree * jnp.sin(degree * angle) / sine], axis=-1)
+    return jnp.swapaxes(polynomials, 1, 2) @ chebyshev
 
 
 def chebyshev_points(dimension: int, extent: str) -> Float[np.ndarray, "point dimension"]:
@@ -98,26 +105,33 @@ def tabulate(
     [-0.5]
     """
     dimension = len(center)
-    count, terms = NODES[extent][dimension], TERMS[extent]
+    count = NODES[extent][dimension]
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
-    result = rates.T.reshape(-1, *[count] * dimension)
+    core = rates.T.reshape(-1, *[count] * dimension)
+    polynomials = np.zeros((SLOTS, DEGREES, RANK))
+    polynomials[:, 0, 0] = 1.0
     for axis in range(1, dimension + 1):
-        result = np.moveaxis(np.tensordot(transform, result, axes=(1, axis)), 0, axis)
-    degrees = np.indices([count] * dimension).reshape(dimension, -1)
-    kept = np.argsort(degrees.sum(axis=0), kind="stable")[:terms]
+        basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, RANK)
+        polynomials[axis - 1, :count, : basis.shape[1]] = basis
+    loadings, core = _leading(core, 0, LOADINGS)
+    idle = SLOTS - dimension
+    core = core[(..., *[None] * idle)]
+    room = [(0, most - size) for most, size in zip((LOADINGS, *[RANK] * SLOTS), core.shape, strict=True)]
     return Surrogate(
-        center=jnp.asarray(_padded(center, SLOTS)),
-        half_width=jnp.asarray(_padded(half_width, SLOTS, fill=1.0)),
-        degrees=jnp.asarray(_padded(_padded(degrees[:, kept], terms, axis=1), SLOTS)),
-        coefficients=jnp.asarray(_padded(result.reshape(len(result), -1)[:, kept], terms, axis=1)),
+        center=jnp.asarray(np.pad(center, (0, idle))),
+        half_width=jnp.asarray(np.pad(half_width, (0, idle), constant_values=1.0)),
+        polynomials=jnp.asarray(polynomials),
+        core=jnp.asarray(np.pad(core, room)),
+        loadings=jnp.asarray(np.pad(loadings, [(0, 0), (0, LOADINGS - loadings.shape[1])])),
         names=names,
         positive=positive,
     )
 
 
-def _padded(values: np.ndarray, size: int, axis: int = 0, fill: float = 0.0) -> np.ndarray:
-    width = [(0, 0)] * values.ndim
-    width[axis] = (0, size - values.shape[axis])
-    return np.pad(values, width, constant_values=fill)
+def _leading(tensor: np.ndarray, axis: int, rank: int) -> tuple[Float[np.ndarray, "size rank"], np.ndarray]:
+    """The leading singular vectors of one axis, and the tensor with that axis expressed in them."""
+    unfolded = np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
+    basis = np.linalg.svd(unfolded, full_matrices=False)[0][:, :rank]
+    return basis, np.moveaxis(np.tensordot(basis.T, tensor, axes=(1, axis)), 0, axis)
