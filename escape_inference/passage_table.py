@@ -2,9 +2,9 @@
 
 Both laws are one smooth function of (T, c, n, q): once the leading ``−ΔU_q(c)/T`` is taken away, a cubic B-spline in
 ``(log T, log (c − 1), log n)`` reproduces it, with continuous second derivatives, a hundred times faster than the integrals of
-:mod:`escape_inference.passage`; at q = 0 it depends on T and c through (c − 1)/T alone. For q = 0 and q = 1 the values at the nodes ship
-with the package (``passage_*.npz``, made by ``scripts/make_passage_tables.py``); elsewhere, and where q varies, the integrals are
-tabulated for the measurements at hand.
+:mod:`escape_inference.passage`; at q = 0 it depends on T and c through (c − 1)/T alone. For q = 0, for q = 1 and, on a coarser grid, for
+any q the values at the nodes ship with the package (``passage_*.npz``, made by ``scripts/make_passage_tables.py``); for other fixed q
+and for higher thresholds the integrals are tabulated for the measurements at hand.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +29,11 @@ STEPS_FROZEN = (0.07, 0.07)  #: in log ((c − 1)/T), log n, at q = 0
 STEPS_WITH_EXPONENT = (0.3, 0.3, 0.35, 0.4)  #: in log T, log (c − 1), log n and q, where q varies
 LOG_TEMPERATURES = (-6.0, 4.0)
 LOG_EXCESSES = (-4.6, 5.8)  #: log (c − 1) in the tables that ship
+LOG_EXCESSES_WITH_EXPONENT = (-4.6, 3.8)  #: the same in those where q varies
 LOG_SCALED = (-10.0, 8.0)  #: log ((c − 1)/T) at q = 0
 LOG_DIMENSIONS = (float(np.log(0.01)), float(np.log(150.0)))
 RANGES_WITH_EXPONENT = ((-6.0, 2.5), (-3.0, float(np.log(150.0))), (-1.5, 2.7))  #: of log T, log n and q there
-SHIPPED_EXPONENTS = (0.0, 1.0)
+SHIPPED_EXPONENTS = (0.0, 1.0, None)  #: None where q varies
 MARGIN = 6  #: grid points beyond the range on every side of a table that ships
 MARGIN_MADE = 2  #: the same of a table that is made for some measurements
 PAD = 8  #: points beyond those, by odd reflection, so that the spline leaves the grid straight
@@ -115,13 +116,14 @@ def build_passage_table(
     0.16356
     """
     if shipped and _ships(log_excess, noise_exponent):
-        return _shipped(start, float(noise_exponent))  # type: ignore[arg-type]
+        return _shipped(start, noise_exponent)
     low, step, values = passage_values(start, log_excess, noise_exponent, MARGIN_MADE)
     return _through(low, step, values)
 
 
 def _ships(log_excess: tuple[float, float], noise_exponent: float | None) -> bool:
-    covered = LOG_EXCESSES[0] <= log_excess[0] and log_excess[1] <= LOG_EXCESSES[1]
+    low, high = LOG_EXCESSES_WITH_EXPONENT if noise_exponent is None else LOG_EXCESSES
+    covered = low <= log_excess[0] and log_excess[1] <= high
     return noise_exponent == 0 or (covered and noise_exponent in SHIPPED_EXPONENTS)
 
 
@@ -149,16 +151,16 @@ def passage_values(
     return low, step, np.nan_to_num(values, posinf=0.0, neginf=0.0).reshape(counts)
 
 
-def shipped_path(start: str) -> Path:
-    """The file with the nodes of one law."""
-    return Path(__file__).with_name(f"passage_{start}.npz")
+def shipped_path(start: str, noise_exponent: float | None) -> Path:
+    """The file with the nodes of one law at one q, or where q varies."""
+    label = "any_q" if noise_exponent is None else f"q{noise_exponent:g}"
+    return Path(__file__).with_name(f"passage_{start}_{label}.npz")
 
 
 @cache
-def _shipped(start: str, noise_exponent: float) -> PassageTable:
-    with np.load(shipped_path(start)) as file:
-        low, step, values = (file[f"{name}_{noise_exponent:g}"].astype(float) for name in ("low", "step", "values"))
-    return _through(low, step, values)
+def _shipped(start: str, noise_exponent: float | None) -> PassageTable:
+    with np.load(shipped_path(start, noise_exponent)) as file:
+        return _through(*(file[name].astype(float) for name in ("low", "step", "values")))
 
 
 def _through(low: Any, step: Any, values: np.ndarray, beyond: float = 1.0) -> PassageTable:

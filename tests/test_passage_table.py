@@ -13,7 +13,9 @@ from escape_inference.law import Law, Parameter, Setting, load_law
 from escape_inference.passage_table import (
     LOG_DIMENSIONS,
     LOG_EXCESSES,
+    LOG_EXCESSES_WITH_EXPONENT,
     LOG_TEMPERATURES,
+    RANGES_WITH_EXPONENT,
     RICHARDSON,
     STARTS,
     build_passage_table,
@@ -44,6 +46,21 @@ def test_the_splines_that_ship_are_the_laws(start, q, most, typical):
     error = _error(build_passage_table(start, LOG_EXCESSES, q), start, *_points(3000, 20.0), q)
     assert error.max() < most
     assert np.quantile(error, 0.9) < typical
+
+
+@pytest.mark.parametrize("start", STARTS)
+@float64
+def test_the_spline_that_ships_for_any_noise_exponent_is_the_law(start):
+    T, c, n = _points(2000, 12.0, seed=4)
+    q = np.random.default_rng(5).uniform(-0.5, 2.5, len(T))
+    inside = np.log(c - 1) < LOG_EXCESSES_WITH_EXPONENT[1]
+    inside &= (np.log(T) < RANGES_WITH_EXPONENT[0][1]) & (np.log(n) > RANGES_WITH_EXPONENT[1][0])
+    error = _error(
+        build_passage_table(start, LOG_EXCESSES_WITH_EXPONENT, None), start, *(x[inside] for x in (T, c, n, q))
+    )
+    assert len(error) > 500
+    assert error.max() < 0.3
+    assert np.quantile(error, 0.9) < 1e-3
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -95,7 +112,9 @@ def test_a_law_is_asked_which_noise_exponent_it_uses():
     setting = Setting(0.1 * one, 8 * one, one, one, 0.5 * one, one, one, barrier="threshold", start="minimum")
     assert tables_for(load_law("power_law"), [(setting, 0.0)])["minimum"].coefficients.ndim == 3
     assert tables_for(load_law("arrhenius"), [(setting, 0.0)])["minimum"].coefficients.ndim == 2
-    assert tables_for(load_law("noise_exponent"), [(setting, 0.0)], only_shipped=True) == {}
+    assert tables_for(load_law("noise_exponent"), [(setting, 0.0)], only_shipped=True)["minimum"].coefficients.ndim == 4
+    high = dataclasses.replace(setting, log_barrier=np.log(200.0) * one)
+    assert tables_for(load_law("noise_exponent"), [(high, 0.0)], only_shipped=True) == {}
     saddle = dataclasses.replace(setting, barrier="saddle")
     assert tables_for(load_law("power_law"), [(saddle, 0.0)]) == {}
     assert tables_for(load_law("constant_rate"), [(setting, 0.0)]) == {}
