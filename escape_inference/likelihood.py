@@ -27,6 +27,8 @@ _X, _W = np.polynomial.hermite.hermgauss(NODES)
 _LOG_WEIGHT = np.log(_W) + _X**2 + 0.5 * np.log(2.0)
 LARGEST_LOG_RATE = 80.0
 NEWTON_STEPS = 8
+LOWEST_LOG = -690.0  #: of a number that a double still holds with all its digits
+SMALL_HAZARD = 0.01  #: below it the logarithm of an escape's probability is a series
 CENTRED = 1e-3  #: distance of the quadrature from the mode, in widths of the integrand, before the last Newton step
 
 
@@ -134,16 +136,18 @@ def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observa
 def conditional_discrepancy(
     key: Array, log_rate: Float[Array, " condition"], discrepancy: Float[Array, ""], observed: Observations
 ) -> Float[Array, " condition"]:
-    """One draw of every condition's δ from its posterior given the law's rates and σ (on the quadrature's nodes, smoothed)."""
+    """One draw of every condition's δ from its posterior given the law's rates and σ (by inversion, on a grid)."""
     escapes, exposure = _exponential_twin(observed)
     mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
-    grid = jnp.linspace(-6.0, 6.0, 121)[:, None]
-    delta = mode + scale * grid
+    middle, width = jnp.linspace(-6.0, 6.0, 61)[:, None], 0.2
+    delta = mode + scale * middle
     log_density = _log_likelihood(log_rate + delta, observed) - 0.5 * (delta / discrepancy) ** 2
-    choice_key, jitter_key = jax.random.split(key)
-    choice = jax.random.categorical(choice_key, log_density, axis=0)
-    jitter = jax.random.uniform(jitter_key, choice.shape, minval=-0.05, maxval=0.05)
-    return mode + scale * (grid[choice, 0] + jitter)
+    share = jnp.exp(log_density - jnp.max(log_density, axis=0))
+    below = jnp.cumsum(share, axis=0)
+    wanted = jax.random.uniform(key, mode.shape) * below[-1]
+    choice = jnp.minimum(jnp.sum(below < wanted, axis=0), len(middle) - 1)
+    chosen, up_to = (jnp.take_along_axis(x, choice[None], axis=0)[0] for x in (share, below))
+    return mode + scale * (middle[choice, 0] + width * (0.5 - (up_to - wanted) / chosen))
 
 
 def replicate_escapes(
@@ -182,11 +186,37 @@ def _exponential_twin(observed: Observations) -> tuple[Array, Array]:
 
 
 def _log_likelihood(log_rate: Array, observed: Observations) -> Array:
-    """Log-likelihood ``[node, condition]`` for given log rates, from the counts or from the table."""
-    value = log_likelihood_given_rate(log_rate, observed.escapes, observed.exposure_before, observed.look_width)
+    """Log-likelihood ``[node, condition]`` for given log rates, from the counts or from the table.
+
+    The counts as in :func:`log_likelihood_given_rate` but in fewer operations, to 14 digits.
+    """
+    log_hazard = log_rate + jnp.log(observed.look_width)
+    hazard = jnp.exp(jnp.minimum(log_hazard, LARGEST_LOG_RATE))
+    seen = jnp.where(
+        hazard < SMALL_HAZARD,
+        log_hazard - hazard * (0.5 - hazard * (1 / 24 - hazard**2 / 2880)),
+        _log(1 - jnp.exp(-jnp.maximum(hazard, SMALL_HAZARD))),
+    )
+    value = jnp.where(observed.escapes > 0, observed.escapes * seen, 0.0)
+    value = value - hazard * (observed.looks - observed.escapes)
     if observed.delayed.size:
         value = value.at[:, observed.delayed].set(_from_table(log_rate[:, observed.delayed], observed))
     return value
+
+
+def _log(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The logarithm of positive normal numbers, in double precision several times faster than the library's, which is not vectorised."""
+    if x.dtype != jnp.float64:
+        return jnp.log(x)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int64)
+    mantissa = jax.lax.bitcast_convert_type((bits & ((1 << 52) - 1)) | (1023 << 52), jnp.float64)
+    high = mantissa > np.sqrt(2.0)
+    ratio = jnp.where(high, mantissa / 2, mantissa)
+    ratio = (ratio - 1) / (ratio + 1)
+    series = jnp.full_like(ratio, 1 / 21)
+    for k in range(19, 0, -2):
+        series = series * ratio**2 + 1 / k
+    return ((bits >> 52) - 1023 + high) * np.log(2.0) + 2 * ratio * series
 
 
 def _mode_and_scale(
@@ -220,13 +250,17 @@ def _mode_and_scale(
 
 
 def _lambert_w_of_exp(a: Array) -> Array:
-    """Solve ``w + log w = a`` (Lambert's W of exp(a)), for any real a."""
-    w = jnp.where(
-        a > 1.0, a - jnp.log(jnp.maximum(a, 1.0)), jnp.exp(jnp.minimum(a, 1.0)) / (1 + jnp.exp(jnp.minimum(a, 1.0)))
-    )
-    for _ in range(4):
-        w = jnp.where(a < -30.0, jnp.exp(jnp.minimum(a, 0.0)), w * (1 + a - jnp.log(jnp.maximum(w, 1e-300))) / (1 + w))
-    return jnp.maximum(w, 0.0)
+    """Solve ``w + log w = a`` (Lambert's W of exp(a)), for any real a, by two steps of fourth order.
+
+    Fritsch, Shafer and Crowley, Commun. ACM 16, 123 (1973).
+    """
+    exp_a = jnp.exp(jnp.clip(a, LOWEST_LOG, 1.0))
+    w = jnp.where(a > 1.0, a - _log(jnp.maximum(a, 1.0)), exp_a / (1 + exp_a))
+    for _ in range(2):
+        rest = a - w - _log(w)
+        twice = 2 * (1 + w) * (1 + w + 2 / 3 * rest)
+        w = w * (1 + rest / (1 + w) * (twice - rest) / (twice - 2 * rest))
+    return jnp.where(a > LOWEST_LOG, w, 0.0)
 
 
 def _from_table(log_rate: Array, observed: Observations) -> Array:
