@@ -40,7 +40,7 @@ ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated un
 MOST_RUNS = 3
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
-WIDE_SDS = 6.0  #: half the width of the wide table, in standard deviations of the prior
+WIDE_SDS = 4.5  #: half the width of the wide table, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.002)), float(np.log(200.0)))
 SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
 
@@ -104,7 +104,7 @@ def room_for(conditions: int) -> int:
     """The number of conditions for which programs are compiled: few different ones, so that tables share their programs.
 
     >>> [room_for(n) for n in (3, 36, 50, 100, 400)]
-    [48, 48, 56, 112, 448]
+    [40, 40, 56, 112, 448]
     """
     size = max(conditions, SMALLEST_ROOM)
     step = 2 ** (int(size - 1).bit_length() - 3)

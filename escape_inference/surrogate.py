@@ -22,8 +22,8 @@ SLOTS = 3  #: parameters that a table can have; the slots that a law does not us
 #: Chebyshev nodes a parameter, by the number of parameters.
 NODES = {"near": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
 DEGREES = 40
-RANK = 8  #: polynomials of each parameter
-LOADINGS = 24  #: products of them that the conditions share
+RANK = {"near": 6, "wide": 8}  #: polynomials of each parameter
+LOADINGS = {"near": 16, "wide": 24}  #: sums of products of them that the conditions share
 
 
 @jax.tree_util.register_dataclass
@@ -105,26 +105,26 @@ def tabulate(
     [-0.5]
     """
     dimension = len(center)
-    count = NODES[extent][dimension]
+    count, rank, most = NODES[extent][dimension], RANK[extent], LOADINGS[extent]
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
     core = rates.T.reshape(-1, *[count] * dimension)
-    polynomials = np.zeros((SLOTS, DEGREES, RANK))
+    polynomials = np.zeros((SLOTS, DEGREES, rank))
     polynomials[:, 0, 0] = 1.0
     for axis in range(1, dimension + 1):
-        basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, RANK)
+        basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, rank)
         polynomials[axis - 1, :count, : basis.shape[1]] = basis
-    loadings, core = _leading(core, 0, LOADINGS)
+    loadings, core = _leading(core, 0, most)
     idle = SLOTS - dimension
     core = core[(..., *[None] * idle)]
-    room = [(0, most - size) for most, size in zip((LOADINGS, *[RANK] * SLOTS), core.shape, strict=True)]
+    room = [(0, full - size) for full, size in zip((most, *[rank] * SLOTS), core.shape, strict=True)]
     return Surrogate(
         center=jnp.asarray(np.pad(center, (0, idle))),
         half_width=jnp.asarray(np.pad(half_width, (0, idle), constant_values=1.0)),
         polynomials=jnp.asarray(polynomials),
         core=jnp.asarray(np.pad(core, room)),
-        loadings=jnp.asarray(np.pad(loadings, [(0, 0), (0, LOADINGS - loadings.shape[1])])),
+        loadings=jnp.asarray(np.pad(loadings, [(0, 0), (0, most - loadings.shape[1])])),
         names=names,
         positive=positive,
     )

@@ -29,7 +29,7 @@ def test_empty_conditions_change_nothing_and_tables_of_several_sizes_share_a_pro
         problem = build_problem(load_law("power_law"), prepare(table_of(conditions)), draws=100, warmup=100)
         assert problem.observed.escapes.shape == (conditions,)
         target, everything = problem.target, np.ones(conditions)
-        assert target.inputs.learning_rate.shape == (room_for(conditions),) == (48,)
+        assert target.inputs.learning_rate.shape == (room_for(conditions),) == (40,)
         data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
         points = problem.particles[:50]
         found = at_points(densities(target.law, target.shapes)[2], points, data)
