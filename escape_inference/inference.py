@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Array, Float
 
 from escape_inference import __version__
+from escape_inference.bend import fit_bend, straight, unbent
 from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence
 from escape_inference.errors import InputError
@@ -153,6 +154,7 @@ def build_problem(
                 keys,
                 start,
                 covariance,
+                straight(dim),
                 target.inputs,
                 observed,
                 DEFAULT_WIDTHS.as_arrays(),
@@ -185,12 +187,14 @@ def run_chains(
     """
     rng = np.random.default_rng(seed)
     target = problem.target
-    start = problem.particles[rng.choice(len(problem.particles), chains, replace=False)]
-    covariance = np.atleast_2d(np.cov(problem.particles.T)) + 1e-10 * np.eye(start.shape[1])
+    bend = fit_bend(problem.particles)
+    known = unbent(bend, problem.particles)
+    start = known[rng.choice(len(known), chains, replace=False)]
+    covariance = np.atleast_2d(np.cov(known.T)) + 1e-10 * np.eye(start.shape[1])
     count = min(count or draws, draws)
     keys = jax.random.split(jax.random.key(seed), chains)
     result = sample(
-        *(keys, start, covariance, target.inputs, problem.weighted(weight), widths.as_arrays()),
+        *(keys, start, covariance, bend, target.inputs, problem.weighted(weight), widths.as_arrays()),
         *(np.asarray(count), np.asarray(acceptance)),
         log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,

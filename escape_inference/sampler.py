@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from numpyro import infer
 
 from escape_inference.background import Ahead
+from escape_inference.bend import Bend, bent
 from escape_inference.likelihood import Observations
 from escape_inference.model import Inputs, PriorWidths
 from escape_inference.student import LogDensity
@@ -31,6 +32,7 @@ def chains(
     keys: Array,
     start: Float[Array, "chain dim"],
     covariance: Float[Array, "dim dim"],
+    bend: Bend,
     inputs: Inputs,
     observed: Observations,
     widths: PriorWidths,
@@ -47,12 +49,13 @@ def chains(
 
     Only the first ``count`` of the ``draws`` places are filled; steps are as long as a mean ``acceptance`` allows.
 
-    The mass matrix is dense and starts at ``covariance``, so that combinations of parameters that the data fix are as easy as single ones.
+    The chains run in the straight coordinates of ``bend``, where they begin at ``start``; draws are of the posterior's own. The mass matrix
+    is dense and starts at ``covariance``, so that combinations of parameters that the data fix are as easy as single ones.
     """
 
     def chain(key: Array, z: Array) -> tuple[Array, ...]:
         def potential(point: Array) -> Array:
-            energy = -log_joint(point, (inputs, observed, widths))
+            energy = -log_joint(bent(bend, point), (inputs, observed, widths))
             return jnp.where(jnp.isfinite(energy), energy, jnp.inf)
 
         initialise, step = infer.hmc.hmc(potential, algo="NUTS")
@@ -91,7 +94,7 @@ def chains(
         return jax.lax.fori_loop(0, count, keep, (state, room))[1]
 
     z, potential, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
-    return Draws(z, potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)
+    return Draws(bent(bend, z), potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)
 
 
 # the lower optimisation level halves the time of compilation and does not slow the sampler

@@ -1,0 +1,85 @@
+"""Coordinates in which a bent posterior is nearly a normal distribution, so that samplers can take long steps.
+
+Escape rates fix combinations of parameters, and the posterior is then a narrow ridge along which the others change, not linearly: no mass
+matrix fits both of its ends. In the order of their variance, each principal coordinate minus a quadratic function of those before it
+is straight. The transformation is triangular, so its Jacobian is a constant, and it is exact for any coefficients: a poor fit costs
+time, never correctness.
+
+References:
+    Marzouk, Moselhy, Parno and Spantini, An introduction to sampling via measure transport (2016), section 3.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+REACH = 5.0  #: standard deviations up to which the quadratic functions are followed; constant beyond
+MOST_DIMENSIONS = 7  #: in more the transformation is linear: too few points are known for so many coefficients
+LEAST_VARIANCE = 1e-10
+
+
+class Bend(NamedTuple):
+    """``z = center + axes (w + monomials(w) coefficients)``; every column of the coefficients uses earlier coordinates only."""
+
+    center: Float[Any, " dim"]
+    axes: Float[Any, "dim dim"]
+    coefficients: Float[Any, "monomial dim"]
+
+
+@cache
+def _monomials(dim: int) -> tuple[tuple[int, ...], ...]:
+    single = tuple((i,) for i in range(dim))
+    return ((), *single, *((i, j) for i in range(dim) for j in range(i, dim))) if dim <= MOST_DIMENSIONS else ((),)
+
+
+def _values(w: Any, numpy: Any) -> Any:
+    near = numpy.clip(w, -REACH, REACH)
+    columns = [near[..., list(which)].prod(axis=-1) for which in _monomials(w.shape[-1])]
+    return numpy.stack(columns, axis=-1)
+
+
+def straight(dim: int) -> Bend:
+    """No transformation at all, of the shapes that :func:`fit_bend` gives.
+
+    >>> bent(straight(2), jnp.array([1.0, 2.0])).tolist()
+    [1.0, 2.0]
+    """
+    return Bend(np.zeros(dim), np.eye(dim), np.zeros((len(_monomials(dim)), dim)))
+
+
+def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
+    """The transformation in which points of a posterior are straight, by least squares.
+
+    >>> r = np.linspace(-2, 2, 50)
+    >>> around = np.stack([3 * r, r**2], axis=1)
+    >>> bool(np.ptp(unbent(fit_bend(around), around)[:, 1]) < 1e-9)
+    True
+    """
+    dim = points.shape[1]
+    center = points.mean(axis=0)
+    variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T)))
+    axes = vectors[:, ::-1] * np.sqrt(np.maximum(variance[::-1], LEAST_VARIANCE))
+    places = np.linalg.solve(axes, (points - center).T).T
+    w, bend = places.copy(), straight(dim)
+    for k in range(1, dim):
+        allowed = [i for i, which in enumerate(_monomials(dim)) if all(j < k for j in which)]
+        known = _values(w, np)[:, allowed]
+        bend.coefficients[allowed, k] = np.linalg.lstsq(known, places[:, k], rcond=None)[0]
+        w[:, k] = places[:, k] - known @ bend.coefficients[allowed, k]
+    return Bend(center, axes, bend.coefficients)
+
+
+def bent(bend: Bend, w: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    """Points of the posterior's own space from points of the straight one."""
+    return bend.center + (w + _values(w, jnp) @ bend.coefficients) @ jnp.asarray(bend.axes).T
+
+
+def unbent(bend: Bend, z: Float[np.ndarray, "point dim"]) -> Float[np.ndarray, "point dim"]:
+    """The inverse of :func:`bent`, coordinate by coordinate."""
+    w = np.linalg.solve(bend.axes, (z - bend.center).T).T
+    for k in range(1, w.shape[1]):  # every column needs the earlier ones only
+        w[:, k] -= _values(w, np) @ bend.coefficients[:, k]
+    return w

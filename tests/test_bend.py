@@ -1,0 +1,35 @@
+"""Straight coordinates of a bent posterior: an exact transformation with a constant Jacobian."""
+
+import jax
+import numpy as np
+import pytest
+
+from escape_inference.bend import bent, fit_bend, straight, unbent
+from escape_inference.precision import float64
+
+
+def banana(count, dim, seed=0):
+    w = np.random.default_rng(seed).normal(size=(count, dim))
+    z = w * np.geomspace(2.0, 0.1, dim)
+    z[:, 1] += z[:, 0] ** 2 / 4
+    return z
+
+
+@pytest.mark.parametrize("dim", [2, 5, 9])
+@float64
+def test_the_transformation_is_inverted_and_keeps_volumes_in_proportion(dim):
+    z = banana(500, dim)
+    bend = fit_bend(z)
+    np.testing.assert_allclose(bent(bend, unbent(bend, z)), z, atol=1e-9)
+    volume = [np.linalg.slogdet(jax.jacobian(lambda w: bent(bend, w))(w))[1] for w in unbent(bend, z)[:20]]
+    np.testing.assert_allclose(volume, np.linalg.slogdet(bend.axes)[1], atol=1e-9)
+    assert [x.shape for x in bend] == [x.shape for x in straight(dim)]
+
+
+@float64
+def test_a_bent_cloud_becomes_straight():
+    w = unbent(fit_bend(banana(4000, 3)), banana(4000, 3, seed=1))
+    squares = w[:, :2] ** 2
+    for k in (1, 2):
+        assert abs(np.corrcoef(squares[:, 0], w[:, k])[0, 1]) < 5 * np.sqrt(2 / 4000)  # the fit and the check each have so much noise
+    assert abs(np.corrcoef(banana(4000, 3)[:, 0] ** 2, banana(4000, 3)[:, 1])[0, 1]) > 0.8
