@@ -40,6 +40,7 @@ ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated un
 MOST_RUNS = 3
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
+EDGE = 0.9  #: of the near table, from which points are said to come to it
 WIDE_SDS = 4.5  #: half the width of the wide table, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.002)), float(np.log(200.0)))
 SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
@@ -190,6 +191,19 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
     if table is None:
         return problem
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
+
+
+def at_edge(problem: Problem, points: Float[np.ndarray, "point slot"]) -> bool:
+    """Whether some points of the target come to the edge of the region where the law's rates are tabulated."""
+    return bool(np.any(np.abs(place_in_table(problem, points)) > EDGE))
+
+
+def place_in_table(problem: Problem, points: Float[np.ndarray, "point slot"]) -> Float[np.ndarray, "point parameter"]:
+    """Places of points of the target in the region where the law's rates are tabulated, between −1 and 1; none without a table."""
+    table, count = problem.target.inputs.surrogate, len(problem.target.used) - 2
+    if table is None:
+        return np.zeros((len(points), 0))
+    return (points[:, :count] - np.asarray(table.center)[:count]) / np.asarray(table.half_width)[:count]
 
 
 def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) -> Inputs:

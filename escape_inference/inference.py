@@ -21,6 +21,7 @@ from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
     Problem,
     Target,
+    at_edge,
     densities,
     evaluate_points,
     explore,
@@ -207,7 +208,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge.
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
-    smaller steps. A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the
+    smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the
     splines that ship are not accurate enough there; where that does not help, the law itself is sampled (a program of its own).
     Rates that are off to the end make the fit untrustworthy.
     """
@@ -219,8 +220,9 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     for attempt in range(ATTEMPTS):
         run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal)
         energy = run.energy
-        if run.diverging.any():
-            refusal /= 3
+        points, hindered = run.z.reshape(-1, run.z.shape[-1]), run.diverging.any()
+        if hindered:
+            refusal /= 1 if at_edge(problem, points) else 3
         else:
             sound.append(run)
             run, energy = _joined(sound), np.concatenate([one.energy for one in sound], axis=1)
@@ -236,7 +238,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         if off and attempt >= TABLES and problem.target.inputs.surrogate is not None:
             problem = without_table(problem, points)
         else:  # the chains of the next attempt start from these draws
-            problem = replace(focus(problem, points) if off else problem, particles=points)
+            problem = replace(focus(problem, points) if off or hindered else problem, particles=points)
     if off:
         error = max(error, of_spline)
         reason = f"the tabulated rates of the law misplace {error:.2g} of the posterior (at most {tolerance})"

@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 
 from escape_inference.cross_validation import pareto_limit
 from escape_inference.evidence import Evidence, bridge_log_evidence
-from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus
+from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, place_in_table
 from escape_inference.importance import effective_share, importance_sample
 from escape_inference.inference import Fit, model_at, run_chains
 from escape_inference.model import PriorWidths
@@ -130,9 +130,5 @@ def _resampled(z: np.ndarray, log_weight: np.ndarray, seed: int) -> np.ndarray:
 
 def _share_outside(problem: Problem, z: np.ndarray, log_weight: np.ndarray) -> float:
     """Share of the weight beyond the region where the law's rates are tabulated."""
-    table, count = problem.target.inputs.surrogate, len(problem.target.used) - 2
-    if table is None:
-        return 0.0
-    place = (z[:, :count] - np.asarray(table.center)[:count]) / np.asarray(table.half_width)[:count]
-    outside = np.any(np.abs(place) > 1, axis=1)
+    outside = np.any(np.abs(place_in_table(problem, z)) > 1, axis=1)
     return float(np.exp(logsumexp(log_weight[outside]) - logsumexp(log_weight))) if outside.any() else 0.0

@@ -31,5 +31,7 @@ def test_a_bent_cloud_becomes_straight():
     w = unbent(fit_bend(banana(4000, 3)), banana(4000, 3, seed=1))
     squares = w[:, :2] ** 2
     for k in (1, 2):
-        assert abs(np.corrcoef(squares[:, 0], w[:, k])[0, 1]) < 5 * np.sqrt(2 / 4000)  # the fit and the check each have so much noise
+        assert abs(np.corrcoef(squares[:, 0], w[:, k])[0, 1]) < 5 * np.sqrt(
+            2 / 4000
+        )  # the fit and the check each have so much noise
     assert abs(np.corrcoef(banana(4000, 3)[:, 0] ** 2, banana(4000, 3)[:, 1])[0, 1]) > 0.8
