@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 REACH = 5.0  #: standard deviations up to which the quadratic functions are followed; constant beyond
 MOST_DIMENSIONS = 7  #: in more the transformation is linear: too few points are known for so many coefficients
@@ -72,9 +72,9 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
     return Bend(center, axes, bend.coefficients)
 
 
-def bent(bend: Bend, w: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
-    """Points of the posterior's own space from points of the straight one."""
-    return bend.center + (w + _values(w, jnp) @ bend.coefficients) @ jnp.asarray(bend.axes).T
+def bent(bend: Bend, w: Float[Any, "... dim"]) -> Float[Any, "... dim"]:
+    """Points of the posterior's own space from points of the straight one, in JAX or, for a NumPy array, in NumPy."""
+    return bend.center + (w + _values(w, np if isinstance(w, np.ndarray) else jnp) @ bend.coefficients) @ bend.axes.T
 
 
 def unbent(bend: Bend, z: Float[np.ndarray, "point dim"]) -> Float[np.ndarray, "point dim"]:

@@ -1,9 +1,10 @@
 """Adaptive importance sampling: independent draws of a posterior that lies near one that is known already.
 
-Leaving a condition out, or another prior, moves a posterior a little. A Student distribution is fitted to weighted draws, new draws of
-it are weighted, and so on; weights are tempered until enough of the draws carry weight, so that a posterior several widths away is
-reached in a few rounds (Cappé, Guillin, Marin and Robert, J. Comput. Graph. Stat. 13, 907 (2004); tempering as in Koblents and Míguez,
-Stat. Comput. 25, 407 (2015)). The Pareto shape of the last weights says whether they can be trusted (Vehtari et al. 2024).
+Leaving a condition out, or another prior, moves a posterior a little. In coordinates in which the known posterior is straight, a
+Student distribution is fitted to weighted draws, new draws of it are weighted, and so on; weights are tempered until enough of the
+draws carry weight, so that a posterior several widths away is reached in a few rounds (Cappé, Guillin, Marin and Robert, J. Comput.
+Graph. Stat. 13, 907 (2004); tempering as in Koblents and Míguez, Stat. Comput. 25, 407 (2015)). The Pareto shape of the last weights
+says whether they can be trusted (Vehtari et al. 2024).
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from scipy.linalg import solve_triangular
 from scipy.special import gammaln, logsumexp
 
+from escape_inference.bend import bent, fit_bend, unbent
 from escape_inference.student import FREEDOM, LogDensity, at_points
 
 ROUND = 1000  #: draws in each round but the last
@@ -81,18 +83,20 @@ def importance_sample(
     points, weights, settled = np.asarray(start)[usable], np.asarray(log_weight)[usable], 0
     if not usable.any():
         return Weighted(np.asarray(start), np.full(len(usable), -np.inf), float("inf"))
+    bend = fit_bend(points)
+    points, log_volume = unbent(bend, points), float(np.linalg.slogdet(bend.axes)[1])
     for number in range(ROUNDS + 1):
         location, factor, power = _fit(points, weights)
         settled += power == 1.0
         last = settled > SETTLED or number == ROUNDS
         points, log_proposal = _draw(rng, location, factor, draws if last else ROUND)
-        value = at_points(log_density, points, data)
+        value = at_points(log_density, bent(bend, points), data) + log_volume
         weights = np.where(np.isnan(value), -np.inf, value) - log_proposal
         if last or not np.isfinite(weights).any():
             break
     if not np.isfinite(weights).any():
-        return Weighted(points, weights, float("inf"))
-    return Weighted(points, weights, float(array_stats.psislw(-weights)[1]))
+        return Weighted(bent(bend, points), weights, float("inf"))
+    return Weighted(bent(bend, points), weights, float(array_stats.psislw(-weights)[1]))
 
 
 def _fit(points: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
