@@ -51,7 +51,7 @@ def straight(dim: int) -> Bend:
 
 
 def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
-    """The transformation in which points of a posterior are straight, by least squares.
+    """The transformation in which points of a posterior are straight, by least squares; none at all if they are too few.
 
     >>> r = np.linspace(-2, 2, 50)
     >>> around = np.stack([3 * r, r**2], axis=1)
@@ -59,6 +59,8 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
     True
     """
     dim = points.shape[1]
+    if len(points) <= max(dim, len(_monomials(dim))):
+        return straight(dim)
     center = points.mean(axis=0)
     variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T)))
     axes = vectors[:, ::-1] * np.sqrt(np.maximum(variance[::-1], LEAST_VARIANCE))

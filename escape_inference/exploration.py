@@ -33,7 +33,7 @@ from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabul
 from escape_inference.tempering import Outcome
 
 FEW_DIMENSIONS = 7
-SMALLEST_ROOM = 40  #: conditions
+SMALLEST_ROOM = 40  #: conditions in the smallest program; compiling another takes longer than computing with as many
 PARTICLES = 2000
 BLOCK = 500
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached

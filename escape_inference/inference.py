@@ -208,8 +208,9 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge.
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
-    smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table of the law's rates that is off at the draws is made anew around them, from the integrals themselves where the
-    splines that ship are not accurate enough there; where that does not help, the law itself is sampled (a program of its own).
+    smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table that is off at the draws is made
+    anew around them, from the integrals themselves where the splines that ship are not accurate enough there; where that does not help,
+    the law itself is sampled (a program of its own).
     Rates that are off to the end make the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])

@@ -35,3 +35,9 @@ def test_a_bent_cloud_becomes_straight():
             2 / 4000
         )  # the fit and the check each have so much noise
     assert abs(np.corrcoef(banana(4000, 3)[:, 0] ** 2, banana(4000, 3)[:, 1])[0, 1]) > 0.8
+
+
+def test_a_few_points_are_left_as_they_are():
+    z = banana(10, 5)
+    assert np.array_equal(unbent(fit_bend(z), z), z)
+    assert np.array_equal(unbent(fit_bend(z[:1]), z[:1]), z[:1])
