@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 REACH = 5.0  #: standard deviations up to which the quadratic functions are followed; constant beyond
-MOST_DIMENSIONS = 7  #: in more the transformation is linear: too few points are known for so many coefficients
+MOST_DIMENSIONS = 7  #: in more there is no transformation: too few points are known for so many coefficients
 LEAST_VARIANCE = 1e-10
 
 
@@ -51,7 +51,7 @@ def straight(dim: int) -> Bend:
 
 
 def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
-    """The transformation in which points of a posterior are straight, by least squares; none at all if they are too few.
+    """The transformation in which points of a posterior are straight, by least squares; none at all in many dimensions or for few points.
 
     >>> r = np.linspace(-2, 2, 50)
     >>> around = np.stack([3 * r, r**2], axis=1)
@@ -59,7 +59,7 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
     True
     """
     dim = points.shape[1]
-    if len(points) <= max(dim, len(_monomials(dim))):
+    if dim > MOST_DIMENSIONS or len(points) <= len(_monomials(dim)):
         return straight(dim)
     center = points.mean(axis=0)
     variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T)))
