@@ -30,6 +30,7 @@ MEAN_DISCREPANCY = 0.5
 MEAN_SPREAD = 0.3  #: of a pooled parameter between minima, on the logarithm
 POOLED = ("temperature_scale", "effective_dimension", "log_prefactor")
 BARRIER_FLOOR = 0.02
+LOWEST_BARRIER = -15.0  #: in units of the floor; a barrier lower still would be none at all, with an infinite gradient
 MINIMUM_QUANTITIES = ("loss_minimum", "hessian_minimum", "effective_dimension")
 LEVEL_QUANTITIES = ("loss_barrier", "hessian_saddle")
 _ONE_TRACE = RLock()  # NumPyro's stack of effect handlers is one for all threads
@@ -240,7 +241,7 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, widths: Prior
     logs = {name: latent_log(name, inputs.measured[name]) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
     log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
     if inputs.measured["loss_minimum"].latent.shape[0] or inputs.measured["loss_barrier"].latent.shape[0]:
-        log_barrier = BARRIER_FLOOR * jax.nn.softplus(log_barrier / BARRIER_FLOOR)
+        log_barrier = BARRIER_FLOOR * jax.nn.softplus(jnp.maximum(log_barrier / BARRIER_FLOOR, LOWEST_BARRIER))
     if inputs.dimension_carried != "none":
         dimension = jnp.exp(latent_log("effective_dimension", inputs.measured["effective_dimension"]))
         if inputs.dimension_carried == "some":

@@ -7,7 +7,7 @@ import escape_inference as ei
 from escape_inference.exploration import densities, room_for
 from escape_inference.inference import build_problem, model_at, prepare
 from escape_inference.law import load_law
-from escape_inference.model import DEFAULT_WIDTHS
+from escape_inference.model import DEFAULT_WIDTHS, build_inputs, build_observations, sample_prior, site_shapes
 from escape_inference.precision import float64
 from escape_inference.student import at_points
 
@@ -41,3 +41,20 @@ def test_empty_conditions_change_nothing_and_tables_of_several_sizes_share_a_pro
         np.testing.assert_allclose(found, np.delete(own, 3, axis=1).sum(axis=1), rtol=1e-9, atol=1e-9)
         seen.append((jax.tree.structure(data), [np.shape(x) for x in jax.tree.leaves(data)]))
     assert seen[0] == seen[1]
+
+
+@float64
+def test_gradients_are_finite_where_an_unknown_loss_of_the_minimum_comes_to_lie_above_the_threshold():
+    world = ei.World(dimension=2, barrier="threshold")
+    table = ei.simulate_sde(world, ei.make_design(world, minima=2, learning_rates=2, runs=10, seed=1), seed=1)
+    prepared, law = prepare(table.drop(columns="loss_minimum")), load_law("arrhenius")
+    inputs, observed = build_inputs(law, prepared.conditions), build_observations(prepared.conditions, {})
+    shapes = tuple(site_shapes(law, inputs, observed).items())
+    log_joint = densities(law, shapes)[0]
+    data = (inputs, observed, DEFAULT_WIDTHS.as_arrays())
+    z = sample_prior(jax.random.key(0), law, inputs, observed, 200)
+    place = [name for name, (shape, _) in shapes for _ in range(int(np.prod(shape)))].index("loss_minimum_base")
+    z = np.array(z)
+    z[:, place] = np.linspace(0.0, 6.0, 200)
+    slopes = jax.vmap(jax.grad(lambda point: log_joint(point, data)))(z)
+    assert np.isfinite(slopes).all()
