@@ -50,7 +50,8 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
         logarithm for positive parameters), ``shift`` (of the mean, in sd of the prior), ``prior_sensitivity`` and
         ``likelihood_sensitivity`` (power scaling; above 0.05 the posterior follows), ``correlated_with`` and ``correlation``
         (the strongest), ``status`` and ``sentence``. Status ``not identified``: the posterior is about the prior; ``combination``: it moved
-        but follows its prior, and another parameter; ``weakly identified``: it moved but follows its prior; else ``identified``.
+        but follows its prior, and another parameter; ``weakly identified``: it moved but follows its prior; ``not known``: chains
+        stood still; else ``identified``.
 
     The example in the README prints the sentences.
     """
@@ -78,6 +79,8 @@ def identifiability(fit: xr.DataTree) -> pd.DataFrame:
 
 
 def _status(row: dict) -> str:
+    if not np.isfinite(row["prior_sensitivity"] + row["correlation"]):
+        return "not known"
     correlation, follows = abs(row["correlation"]), row["prior_sensitivity"] > SENSITIVE
     if row["contraction"] <= MOVED_CONTRACTION and abs(row["shift"]) <= MOVED_SHIFT:
         return "not identified"
@@ -99,7 +102,10 @@ def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]
 def _sensitivity(fit: xr.DataTree, names: list[str], group: str) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = psense(fit, var_names=names, group=group)
+        try:
+            found = psense(fit, var_names=names, group=group)
+        except ValueError:  # the same value in all draws of the tail
+            return dict.fromkeys(names, float("nan"))
     values = found if hasattr(found, "data_vars") and len(found.data_vars) else found["posterior"]
     return {name: float(values[name]) for name in names}
 
@@ -108,6 +114,8 @@ def _sentence(name: str, row: dict, fit: xr.DataTree) -> str:
     subject = _NAMES.get(name, name.replace("_", " "))
     remedy = _REMEDIES.get(name.removesuffix("_unmeasured"), "conditions that differ in other settings would fix it")
     partner = _NAMES.get(row["correlated_with"], row["correlated_with"].replace("_", " "))
+    if row["status"] == "not known":
+        return f"what the data say about {subject} is not known: chains of the sampler stood still."
     if row["status"] == "identified":
         return (
             f"{subject} is identified: the data shrink its prior variance by {100 * max(row['contraction'], 0):.0f} %."

@@ -1,4 +1,4 @@
-"""The same work in PyTorch, for scripts/bench_trainers.py: run it in an environment that has torch and numpy, nothing else.
+"""The same work in PyTorch, for scripts/bench_trainers.py: run it in an environment that has torch and numpy.
 
     python scripts/bench_torch.py sgd BATCH [--steps 400] [--replicas 16]
     python scripts/bench_torch.py lanczos MINIMUM.npz
@@ -8,10 +8,12 @@ Prints one line of JSON. ``sgd``: replica-iterations per second, and processor s
 each), and torch.func.vmap over replicas on all cores; the inputs are random numbers, because the speed does not depend on
 them. ``lanczos``: seconds for the largest Hessian eigenvalues at the minimum of that file (its weights, inputs and
 targets), on all cores and on one: double-backward products on a graph that is built once and kept, full
-reorthogonalisation, and the stopping rule of ``escape_inference.trainers.hessian``.
+reorthogonalisation, and the stopping rule of ``escape_inference.trainers.hessian``. Where the package
+``hessian-eigenthings`` is installed, its Lanczos iteration does the same with as many products, told to it in advance.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -88,15 +90,36 @@ def vectorised(batch: int, replicas: int, steps: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / count, (time.process_time() - processor) / count
 
 
+def minimum(path: str) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """The network with the weights of that file, and its inputs and targets."""
+    stored = np.load(path)
+    model = network()
+    with torch.no_grad():
+        for index, param in enumerate(model.parameters()):
+            param.copy_(torch.from_numpy(stored[f"leaf{index}"]))
+    return model, torch.from_numpy(stored["inputs"]), torch.from_numpy(stored["targets"])
+
+
+def package(path: str, count: int, products: int) -> dict[str, object]:
+    """Seconds for the same eigenvalues by the package hessian-eigenthings, the full batch in one piece."""
+    from hessian_eigenthings import HessianOperator
+    from hessian_eigenthings import lanczos as iterate
+
+    model, inputs, targets = minimum(path)
+    loss = lambda model, batch: 0.5 * ((model(batch[0])[:, 0] - batch[1]) ** 2).mean()
+    operator = HessianOperator(model, [(inputs, targets)], loss)
+    operator.matvec(torch.ones(operator.size))
+    wall, processor = time.perf_counter(), time.process_time()
+    found = iterate(operator, k=count, max_iter=products, which="LA", reorthogonalize=True, seed=0)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    residual = float(found.residuals.max() / found.eigenvalues[0])
+    return {"wall": wall, "processor": processor, "values": found.eigenvalues.tolist(), "residual": residual}
+
+
 def lanczos(path: str, count: int, iterations: int, tolerance: float, interval: int) -> dict[str, object]:
     """Wall and processor seconds for the largest eigenvalues, the number of products, and what was found."""
-    stored = np.load(path)
-    inputs, targets = torch.from_numpy(stored["inputs"]), torch.from_numpy(stored["targets"])
-    model = network()
+    model, inputs, targets = minimum(path)
     params = list(model.parameters())
-    with torch.no_grad():
-        for index, param in enumerate(params):
-            param.copy_(torch.from_numpy(stored[f"leaf{index}"]))
     wall, processor = time.perf_counter(), time.process_time()
     loss = 0.5 * ((model(inputs)[:, 0] - targets) ** 2).mean()
     slopes = torch.autograd.grad(loss, params, create_graph=True)
@@ -147,7 +170,10 @@ def main() -> None:
         result: dict[str, object] = {}
         for name, threads in (("all_cores", CORES), ("one_core", 1)):
             torch.set_num_threads(threads)
-            result[name] = lanczos(given.argument, given.count, given.iterations, given.tolerance, given.interval)
+            own = lanczos(given.argument, given.count, given.iterations, given.tolerance, given.interval)
+            result[name] = own
+            if importlib.util.find_spec("hessian_eigenthings"):
+                result[f"package_{name}"] = package(given.argument, given.count, int(own["products"]))  # type: ignore[call-overload]
     else:
         batch = int(given.argument)
         with multiprocessing.get_context("spawn").Pool(CORES) as pool:
