@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.table import Table
 
 from escape_inference import cli_simulate
 from escape_inference.errors import InputError
+
+if TYPE_CHECKING:
+    from escape_inference.inference import Prepared
 
 app = typer.Typer(
     name="escape-inference",
@@ -79,9 +82,7 @@ def infer(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{chosen.name}.nc"
     save_tree(tree, path)
-    print(f"Escape check: {prepared.check.sentence}")
-    if prepared.left_out:
-        print(f"Left out, not escape: {', '.join(prepared.left_out)}")
+    _print_data(prepared)
     _print_parameters(chosen.name, parameters_of(tree))
     for sentence in known["sentence"]:
         print(f"  {sentence}")
@@ -138,9 +139,7 @@ def compare(
     write_text(
         output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    print(f"Escape check: {prepared.check.sentence}")
-    if prepared.left_out:
-        print(f"Left out, not escape: {', '.join(prepared.left_out)}")
+    _print_data(prepared)
     _print_comparison(result.report)
     print(f"Verdict: {result.verdict}")
     print(f"Reason: {result.reason}")
@@ -235,6 +234,15 @@ def _check_writable(output: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"--output {output}: no permission to write in {place}")
+
+
+def _print_data(prepared: "Prepared") -> None:
+    """What the table is, before what it says."""
+    print(f"Escape check: {prepared.check.sentence}")
+    if prepared.left_out:
+        print(f"Left out, not escape: {', '.join(prepared.left_out)}")
+    if empty := prepared.conditions.not_measured:
+        print(f"Not measured, inferred with wide priors: {', '.join(empty)}")
 
 
 def _format(value: float | bool | None, digits: int = 3) -> str:

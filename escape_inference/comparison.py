@@ -1,6 +1,5 @@
 """Compare laws on one table: leave-one-condition-out, evidence, and a verdict that is withheld when it should be."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -13,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from scipy.special import logsumexp
 
-from escape_inference.background import side_by_side
+from escape_inference.background import processors, side_by_side
 from escape_inference.cross_validation import (
     LeaveOneOut,
     difference,
@@ -48,7 +47,7 @@ from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, de
 
 Progress = Callable[[str], None]
 VARIANTS = {width: PriorWidths(width, width) for width in WIDTHS} | {NO_DISCREPANCY: PriorWidths(1.0, 1e-4)}
-PARALLEL = os.cpu_count() or 1
+PARALLEL = len(processors())
 
 
 @dataclass
@@ -270,6 +269,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawRes
         ],
         "escape_check": check.as_dict(),
         "left_out": list(prepared.left_out),
+        "not_measured": prepared.conditions.not_measured,
         "data": {
             "path": str(prepared.conditions.path),
             "sha256": prepared.conditions.sha256,

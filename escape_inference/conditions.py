@@ -70,6 +70,20 @@ class Conditions:
         """Number of escapes."""
         return int(self.frame["escapes"].sum())
 
+    @property
+    def not_measured(self) -> list[str]:
+        """Quantities that are empty somewhere, and for how many minima or conditions: they are inferred, with wide priors.
+
+        The effective dimension is not among them: it is a parameter of the laws that use it.
+        """
+        saddle, found = self.frame["barrier"] == "saddle", []
+        for name, scale in (("loss_minimum", 0), ("hessian_minimum", 0), ("loss_barrier", 1), ("hessian_saddle", 1)):
+            empty = self.frame[self.frame[name].isna() & (saddle | (name != "hessian_saddle"))]
+            count = (empty["minimum"].nunique(), len(empty))[scale]
+            unit = (("minimum", "minima"), ("condition", "conditions"))[scale][count != 1]
+            found += [f"{name} of {count} {unit}"] if count else []
+        return found
+
     def __len__(self) -> int:
         return len(self.frame)
 

@@ -193,9 +193,9 @@ def _ramps(law: dict[str, Any]) -> str:
 
 
 def _escape_check(report: dict[str, Any]) -> str:
-    left_out = ", ".join(report["left_out"])
-    return f"<h2>Is it escape?</h2>{_pairs(report['escape_check'])}" + (
-        f"<p class=doubt>Left out, not escape: {html.escape(left_out)}</p>" if left_out else ""
+    said = (("Left out, not escape", "left_out"), ("Not measured, inferred with wide priors", "not_measured"))
+    return f"<h2>Is it escape?</h2>{_pairs(report['escape_check'])}" + "".join(
+        f"<p class=doubt>{title}: {html.escape(', '.join(report[key]))}</p>" for title, key in said if report.get(key)
     )
 
 

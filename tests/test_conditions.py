@@ -87,6 +87,21 @@ def test_empty_measurements_stay_empty_and_missing_errors_are_zero() -> None:
     assert frame["hessian_minimum_se"].iloc[0] == 0.0
 
 
+def test_what_was_not_measured_is_named_and_counted() -> None:
+    measured = {"loss_minimum": 1e-3, "loss_barrier": 3e-3, "hessian_minimum": 2.0}
+    assert aggregate(runs([20], barrier="threshold", **measured)).not_measured == []
+    assert aggregate(runs([20], barrier="saddle", **measured)).not_measured == ["hessian_saddle of 1 condition"]
+    table = runs([20, 30, 40, 50], barrier="threshold", **measured | {"loss_barrier": [3e-3, np.nan, np.nan, 4e-3]})
+    table = table.assign(minimum=["m1", "m1", "m2", "m3"], learning_rate=[0.05, 0.06, 0.05, 0.05])
+    table.loc[table["minimum"] != "m1", "loss_minimum"] = np.nan
+    table.loc[table["minimum"] == "m3", "hessian_minimum"] = np.nan
+    assert aggregate(table).not_measured == [
+        "loss_minimum of 2 minima",
+        "hessian_minimum of 1 minimum",
+        "loss_barrier of 2 conditions",
+    ]
+
+
 def test_levels_of_a_ramp_are_conditions_of_their_own() -> None:
     ramp = runs([500, 500, 40], [False, False, True], learning_rate=[0.01, 0.02, 0.03], run="ramp")
     other = runs([60, 80, 30], learning_rate=[0.02, 0.02, 0.03], run=["a", "b", "c"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from escape_inference.background import processors
 from escape_inference.trainers.lanes import Lanes
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.replicas import Replicas
@@ -55,7 +55,7 @@ def make_engine(
     if size <= FEW_PARAMETERS:
         return Lanes(recipe, params, replicas, key, learning_rate, replace=replace)
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = len(processors())
     return Replicas(
         recipe, params, replicas, key, learning_rate, replace=replace, replica_batch=replica_batch, threads=threads
     )
