@@ -10,8 +10,7 @@ the same command goes on from there.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ import pandas as pd
 from scipy.stats import binom
 
 import escape_inference as ei
+from escape_inference.background import processes
 from escape_inference.worlds import World, make_design
 
 STRENGTH, DIMENSION = 0.3, 2  # so strong that eta h* stays near 0.1 at every minimum: beyond it SGD is no diffusion
@@ -82,7 +82,7 @@ def main(part: str, repetitions: int, jobs: int, output: Path) -> None:
     known = {(row["part"], row["world"], row["seed"]) for row in rows}
     tasks = [(part, case, seed) for seed in range(repetitions) for case in PARTS[part]]
     tasks = [task for task in tasks if (part, f"{task[1][0]} {task[1][1]}", task[2]) not in known]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with processes(jobs) as pool:
         for done in as_completed([pool.submit(study, *task) for task in tasks]):
             rows += done.result()
             pd.DataFrame(rows).to_csv(output, index=False)

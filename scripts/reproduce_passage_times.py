@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,6 +29,7 @@ from reproduction import Claim, Reproduction, run
 from scipy import stats
 
 import escape_inference as ei
+from escape_inference.background import processes
 from escape_inference.models import power_law
 from escape_inference.precision import float64
 from escape_inference.trainers import measure_escape
@@ -422,7 +421,7 @@ def main(reproduction: Reproduction) -> list[Claim]:
     if reproduction.quick:
         studies = [study(*job) for job in jobs]
     else:
-        with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+        with processes(WORKERS) as pool:
             studies = list(pool.map(study, *zip(*jobs, strict=True)))
     conditions = pd.concat([one.conditions for one in studies], ignore_index=True)
     conditions = conditions.sort_values(["data", "dimension", "threshold"], ascending=[False, True, True])

@@ -1,4 +1,8 @@
-"""All processes of one test run keep their compiled programs in one folder, which is removed when the run ends."""
+"""All processes of one test run keep their compiled programs in one folder, which is removed when the run ends.
+
+Each of several test processes, and the commands that it starts, stay on a processor of their own, where there are as many: JAX
+hands small pieces of work between threads, and tests side by side would spend half of their time on that.
+"""
 
 import os
 import shutil
@@ -15,6 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER not in os.environ:
         config.stash[MADE] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="compiled-")
         os.environ[SHORTEST] = "0.3"
+    worker, count = (os.environ.get(f"PYTEST_XDIST_{name}", "") for name in ("WORKER", "WORKER_COUNT"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        if len(processors) >= int(count) > 1:
+            os.sched_setaffinity(0, processors[int(worker.removeprefix("gw")) :: int(count)])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
