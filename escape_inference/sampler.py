@@ -69,9 +69,8 @@ def chains(
             rng_key=key,
         )
 
-        def record(state: infer.hmc.HMCState, _: None) -> tuple[infer.hmc.HMCState, tuple[Array, ...]]:
-            state = step(state)
-            return state, (
+        def record(state: infer.hmc.HMCState) -> tuple[Array, ...]:
+            return (
                 state.z,
                 state.potential_energy,
                 state.diverging,
@@ -81,17 +80,15 @@ def chains(
                 state.adapt_state.step_size,
             )
 
-        state = jax.lax.fori_loop(0, warmup, lambda _, state: step(state), state)
-        _, first = jax.eval_shape(record, state, None)
-        room = tuple(jnp.zeros((draws, *x.shape), x.dtype) for x in first)
-
-        def keep(
+        def advance(
             i: Array, carry: tuple[infer.hmc.HMCState, tuple[Array, ...]]
         ) -> tuple[infer.hmc.HMCState, tuple[Array, ...]]:
-            state, new = record(carry[0], None)
-            return state, tuple(x.at[i].set(y) for x, y in zip(carry[1], new, strict=True))
+            state, place = step(carry[0]), jnp.maximum(i - warmup, 0)
+            return state, tuple(x.at[place].set(y) for x, y in zip(carry[1], record(state), strict=True))
 
-        return jax.lax.fori_loop(0, count, keep, (state, room))[1]
+        # one loop for warm-up and draws, as a second would trace and compile the step again
+        room = tuple(jnp.zeros((draws, *jnp.shape(x)), jnp.asarray(x).dtype) for x in record(state))
+        return jax.lax.fori_loop(0, warmup + count, advance, (state, room))[1]
 
     z, potential, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
     return Draws(bent(bend, z), potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)
