@@ -1,9 +1,7 @@
 """Work in the background: programs compiled before they are needed, and tasks side by side that stop at Ctrl-C."""
 
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -46,29 +44,6 @@ class Ahead:
 
     def _compile(self, shapes: Any, static: dict[str, Any]) -> Any:
         return self.jitted.lower(*shapes, **static).compile()
-
-
-def processors() -> list[int]:
-    """The processors that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def processes(workers: int) -> ProcessPoolExecutor:
-    """A pool of new processes, each on a processor of its own where there are as many.
-
-    JAX hands small pieces of work between its threads, which on two processors takes as long as the work; one thread a process does not.
-    """
-    context, own = get_context("spawn"), processors()
-    free = context.SimpleQueue()
-    for number in range(workers):
-        free.put(own[number % len(own) :: workers])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(free,))
-
-
-def _settle(free: Any) -> None:
-    chosen = free.get()
-    if chosen and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, chosen)
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:

@@ -14,9 +14,12 @@ from rich.table import Table
 
 from escape_inference import cli_simulate
 from escape_inference.errors import InputError
+from escape_inference.workers import Workers
 
 if TYPE_CHECKING:
     from escape_inference.inference import Prepared
+
+SHIPPED = 5  #: laws that are compared where none is named
 
 app = typer.Typer(
     name="escape-inference",
@@ -116,22 +119,24 @@ def compare(
 
     Example: escape-inference compare data/mnist_two_class.csv --laws power_law,arrhenius --output results
     """
-    from escape_inference.comparison import compare as run
-    from escape_inference.inference import prepare
-    from escape_inference.law import load_laws
-    from escape_inference.posterior import save_tree, write_text
-
     _check_writable(output)
-    _keep_compiled_programs()
     names = [name.strip() for name in laws.split(",") if name.strip()] if laws is not None else None
     if names is not None and not names:
         raise InputError("--laws names no law; give names separated by commas, or leave the option out")
-    chosen = load_laws(names) if names is not None else None
-    with _progress(quiet) as say:
+    several = len(names) if names is not None else SHIPPED
+    with Workers(several, "escape_inference.comparison") as workers, _progress(quiet) as say:
+        from escape_inference.comparison import compare as run
+        from escape_inference.inference import prepare
+        from escape_inference.law import load_laws
+        from escape_inference.posterior import save_tree, write_text
+
+        _keep_compiled_programs()
+        if names is not None:
+            load_laws(names)  # a wrong name is told before anything is read
         say("reading the table and checking for escape")
         prepared = prepare(table, seed=seed)
         settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
-        result = run(prepared, chosen, pooling=pooling, progress=say, **settings)
+        result = run(prepared, names, pooling=pooling, progress=say, workers=workers, **settings)
     output.mkdir(parents=True, exist_ok=True)
     for name, tree in result.fits.items():
         save_tree(tree, output / f"{name}.nc")

@@ -4,15 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.special import logsumexp
 
-from escape_inference.background import processors, side_by_side
+from escape_inference.background import side_by_side
 from escape_inference.cross_validation import (
     LeaveOneOut,
     difference,
@@ -21,6 +23,7 @@ from escape_inference.cross_validation import (
     stacking_weights,
     with_refits,
 )
+from escape_inference.diagnostics import Convergence
 from escape_inference.evidence import Evidence, agree
 from escape_inference.identification import identifiability
 from escape_inference.inference import (
@@ -44,10 +47,33 @@ from escape_inference.savage_dickey import point_bayes_factor
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
 from escape_inference.trends import residual_trends
 from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, decide
+from escape_inference.workers import Worker, Workers, processors
 
 Progress = Callable[[str], None]
 VARIANTS = {width: PriorWidths(width, width) for width in WIDTHS} | {NO_DISCREPANCY: PriorWidths(1.0, 1e-4)}
 PARALLEL = len(processors())
+COMPILED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+Settings = dict[str, Any]
+Again = Callable[[str], tuple[LeaveOneOut, Evidence]]
+
+
+@dataclass
+class Findings:
+    """What is told of one law on these data; ``loo`` and ``evidence`` by prior width (0: without a discrepancy)."""
+
+    convergence: Convergence
+    parameters: dict[str, dict[str, Any]]
+    discrepancy: dict[str, float]
+    loo: dict[float, LeaveOneOut]
+    evidence: dict[float, Evidence]
+    smc: Evidence
+    tree: xr.DataTree
+    says: dict[str, Any]
+
+    @property
+    def evidence_agrees(self) -> bool:
+        """Whether bridge sampling and tempered SMC agree; if not, Bayes factors with this law are withheld."""
+        return agree(self.evidence[1.0], self.smc)
 
 
 @dataclass
@@ -62,16 +88,28 @@ class LawResult:
     says: dict[str, Any]
 
     @property
-    def evidence(self) -> dict[float, Evidence]:
-        """Log evidence by prior width."""
-        return {width: sample.evidence for width, sample in self.samples.items()}
+    def findings(self) -> Findings:
+        """What is told of it."""
+        discrepancy, fit = self.fit.sites["discrepancy"], self.fit
+        low, high = np.quantile(discrepancy, [0.05, 0.95])
+        return Findings(
+            convergence=fit.convergence,
+            parameters=parameter_summary(fit),
+            discrepancy={"mean": float(discrepancy.mean()), "q05": float(low), "q95": float(high)},
+            loo=dict(self.loo),
+            evidence={width: sample.evidence for width, sample in self.samples.items()},
+            smc=fit.problem.evidence,
+            tree=self.tree,
+            says=self.says,
+        )
 
-    def without_discrepancy(self) -> None:
-        """Posterior, evidence and exact leave-one-out scores with next to no discrepancy."""
+    def without_discrepancy(self) -> tuple[LeaveOneOut, Evidence]:
+        """Exact leave-one-out scores and evidence with next to no discrepancy."""
         key = NO_DISCREPANCY
         self.samples[key] = with_prior(self.samples[1.0], VARIANTS[key], **self.redraw)
         self.loo[key] = leave_one_out(self.samples[key].log_likelihood[None], self.samples[key].log_weight)
         self.leave_out(key)
+        return self.loo[key], self.samples[key].evidence
 
     def leave_out(self, width: float) -> None:
         """Really leave out the conditions whose scores importance sampling cannot give."""
@@ -80,16 +118,6 @@ class LawResult:
         refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, PARALLEL)
         exact = {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
         self.loo[width] = with_refits(loo, exact)
-
-    @property
-    def smc(self) -> Evidence:
-        """Log evidence by tempered Monte Carlo."""
-        return self.fit.problem.evidence
-
-    @property
-    def evidence_agrees(self) -> bool:
-        """Whether bridge sampling and tempered SMC agree; if not, Bayes factors with this law are withheld."""
-        return agree(self.evidence[1.0], self.smc)
 
 
 @dataclass(frozen=True)
@@ -122,6 +150,7 @@ def compare(
     chains: int = CHAINS,
     pooling: str = "complete",
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> Comparison:
     """Fit every law and compare them.
 
@@ -132,6 +161,7 @@ def compare(
         draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
         pooling: ``complete`` or ``partial``, as in :func:`~escape_inference.infer`.
         progress: called with a short text at every step.
+        workers: processes that study laws given by name or path side by side; without them threads do.
 
     Returns:
         The verdict, its reason, the table, the posteriors and the report.
@@ -148,12 +178,71 @@ def compare(
     if chosen is None:
         chosen = [law for law in built_in_laws().values() if applicable(law, prepared.conditions)]
     frame = prepared.conditions.frame
-    results: dict[str, LawResult] = {}
-    if len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape":
-        stages = Stages(say, settings)
-        found = side_by_side(lambda law: stages.study(law, prepared), chosen, PARALLEL)
-        results = {law.name: result for law, result in zip(chosen, found, strict=True)}
-    return _assemble(prepared, chosen, results)
+    if not (len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape"):
+        return _assemble(prepared, chosen, {}, None)
+    given = [law.name for law in chosen] if laws is None else [one for one in laws if not isinstance(one, Law)]
+    if workers is not None and workers.all and len(given) == len(chosen):
+        found, again = _study_there(workers.all, chosen, given, prepared, settings, say)
+    else:
+        found, again = _study_here(chosen, prepared, settings, say)
+    return _assemble(prepared, chosen, found, again)
+
+
+def _study_here(
+    laws: Sequence[Law], prepared: Prepared, settings: Settings, say: Progress
+) -> tuple[dict[str, Findings], Again]:
+    """Findings of every law, studied by threads, and what finds their scores without a discrepancy."""
+    stages = Stages(say, settings)
+    results = side_by_side(lambda law: stages.study(law, prepared), laws, PARALLEL)
+    known = {law.name: result for law, result in zip(laws, results, strict=True)}
+    return {name: result.findings for name, result in known.items()}, lambda name: known[name].without_discrepancy()
+
+
+def _study_there(
+    workers: Sequence[Worker],
+    laws: Sequence[Law],
+    given: Sequence["str | Path"],
+    prepared: Prepared,
+    settings: Settings,
+    say: Progress,
+) -> tuple[dict[str, Findings], Again]:
+    """The same by processes, each of which keeps the laws that it studied; laws of many parameters first."""
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+    owner: dict[str, Worker] = {}
+    programs = {name: jax.config.values[name] for name in COMPILED}
+
+    def study(law: Law) -> Findings:
+        owner[law.name] = worker = free.get()
+        try:
+            return worker.ask(_study, given[laws.index(law)], prepared, settings, programs, say=say)
+        finally:
+            free.put(worker)
+
+    order = sorted(laws, key=lambda law: -len(law.parameters))
+    found = {law.name: one for law, one in zip(order, side_by_side(study, order, len(workers)), strict=True)}
+    again = lambda name: owner[name].ask(_without_discrepancy, name, say=say)
+    return {law.name: found[law.name] for law in laws}, again
+
+
+_STUDIED: dict[str, LawResult] = {}  #: the laws that a worker has studied
+
+
+@float64
+def _study(
+    law: "str | Path", prepared: Prepared, settings: Settings, programs: dict[str, Any], say: Progress
+) -> Findings:
+    for name, value in programs.items():
+        jax.config.update(name, value)
+    (loaded,) = load_laws([law])
+    result = _STUDIED[loaded.name] = Stages(say, settings).study(loaded, prepared)
+    return result.findings
+
+
+@float64
+def _without_discrepancy(name: str, say: Progress) -> tuple[LeaveOneOut, Evidence]:
+    return _STUDIED[name].without_discrepancy()
 
 
 class Stages:
@@ -213,7 +302,7 @@ def _points(first: Sample) -> dict[str, dict[str, float]]:
     return points
 
 
-def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
+def _pairs(results: dict[str, Findings]) -> dict[tuple[str, str], list[Pair]]:
     pairs = {}
     for one, two in permutations(results, 2):
         a, b = results[one], results[two]
@@ -229,21 +318,23 @@ def _pairs(results: dict[str, LawResult]) -> dict[tuple[str, str], list[Pair]]:
     return pairs
 
 
-def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawResult]) -> Comparison:
+def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, Findings], again: Again | None) -> Comparison:
     frame, check = prepared.conditions.frame, prepared.check
     candidates = [
         Candidate(
             law.name,
             law.special_cases,
-            results[law.name].fit.convergence.trustworthy,
-            results[law.name].fit.convergence.reason,
+            results[law.name].convergence.trustworthy,
+            results[law.name].convergence.reason,
         )
         for law in laws
         if law.name in results
     ]
     verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
-    if verdict in results:  # it must hold without the discrepancy, too, with exact scores
-        side_by_side(LawResult.without_discrepancy, results.values(), PARALLEL)
+    if verdict in results and again is not None:  # it must hold without the discrepancy, too, with exact scores
+        exact = side_by_side(again, results, PARALLEL)
+        for result, (loo, evidence) in zip(results.values(), exact, strict=True):
+            result.loo[NO_DISCREPANCY], result.evidence[NO_DISCREPANCY] = loo, evidence
         verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
     fits = {name: result.tree for name, result in results.items()}
     names = sorted(results, key=lambda name: -results[name].loo[1.0].elpd)
@@ -253,7 +344,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawRes
     probabilities = np.exp(evidences - logsumexp(evidences)) if shown else np.full(len(names), np.nan)
     entries = {}
     for name, weight, probability in zip(names, weights, probabilities, strict=True):
-        entries[name] = _entry(results[name], results[names[0]], float(weight), float(probability), fits[name])
+        entries[name] = _entry(results[name], results[names[0]], float(weight), float(probability))
     if verdict in results:
         reason += law_sentence(entries[verdict], results[verdict].says["residual_trends"])
     report = {
@@ -284,16 +375,15 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, LawRes
     return Comparison(verdict, reason, _table(report["laws"]), fits, report)
 
 
-def _entry(result: LawResult, best: LawResult, weight: float, probability: float, tree: xr.DataTree) -> dict[str, Any]:
-    loo, convergence = result.loo[1.0], result.fit.convergence
+def _entry(result: Findings, best: Findings, weight: float, probability: float) -> dict[str, Any]:
+    loo, convergence = result.loo[1.0], result.convergence
     gap, error = difference(loo, best.loo[1.0])
     k = np.where(loo.refitted, -np.inf, loo.pareto_k)
     bridge = result.evidence[1.0]
-    discrepancy = result.fit.sites["discrepancy"]
     known = result.says["identifiability"]
     parameters = {
         name: row | (known.loc[name].to_dict() if name in known.index else {})
-        for name, row in parameter_summary(result.fit).items()
+        for name, row in result.parameters.items()
     }
     return {
         "elpd": loo.elpd,
@@ -308,11 +398,7 @@ def _entry(result: LawResult, best: LawResult, weight: float, probability: float
         "evidence_methods_agree": result.evidence_agrees,
         "log_evidence_by_prior_width": {f"{w:g}": result.evidence[w].log_evidence for w in sorted(WIDTHS)},
         "posterior_probability": probability,
-        "discrepancy": {
-            "mean": discrepancy.mean(),
-            "q05": np.quantile(discrepancy, 0.05),
-            "q95": np.quantile(discrepancy, 0.95),
-        },
+        "discrepancy": result.discrepancy,
         "parameters": parameters,
         "residual_trends": result.says["residual_trends"].reset_index().to_dict("records"),
         "critical_learning_rates": result.says["critical_learning_rates"].to_dict("records"),

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import beta
 
-from escape_inference.background import processors
 from escape_inference.trainers import Minimum, measure_escape, top_hessian, train_minimum
 from escape_inference.trainers.datasets import load_data
 from escape_inference.trainers.engines import make_engine
@@ -41,6 +40,7 @@ from escape_inference.trainers.replicas import Replicas
 from escape_inference.trainers.rounds import Round
 from escape_inference.trainers.screens import Screens, choose_screens, pilot_losses
 from escape_inference.trainers.sgd import make_recipe, root_key
+from escape_inference.workers import processors
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import binom
 
 import escape_inference as ei
-from escape_inference.background import processes
+from escape_inference.workers import processes
 from escape_inference.worlds import World, make_design
 
 STRENGTH, DIMENSION = 0.3, 2  # so strong that eta h* stays near 0.1 at every minimum: beyond it SGD is no diffusion

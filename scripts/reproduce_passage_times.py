@@ -29,10 +29,10 @@ from reproduction import Claim, Reproduction, run
 from scipy import stats
 
 import escape_inference as ei
-from escape_inference.background import processes
 from escape_inference.models import power_law
 from escape_inference.precision import float64
 from escape_inference.trainers import measure_escape
+from escape_inference.workers import processes
 from escape_inference.worlds import World
 
 LEARNING_RATE, BATCH_SIZE = 0.1, 1

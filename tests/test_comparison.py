@@ -4,12 +4,15 @@ import json
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
+from escape_inference import workers
 from escape_inference.comparison import compare
 from escape_inference.sde import simulate_sde
 from escape_inference.simulation import simulate_slide
+from escape_inference.workers import processors
 from escape_inference.worlds import World, make_design
 
 LAWS = ["power_law", "arrhenius"]
@@ -37,6 +40,21 @@ def test_noise_proportional_to_the_loss_gives_the_power_law_at_saddles(power_at_
     row = power_at_saddles.report["laws"]["power_law"]["parameters"]["effective_dimension"]
     assert row["q05"] < 2 < row["q95"]
     assert row["moved_by_data"]
+
+
+def test_processes_find_what_threads_find(power_at_saddles, monkeypatch):
+    monkeypatch.setattr(workers, "processors", lambda: processors()[:1] * 2)
+    said = []
+    with workers.Workers(2, "escape_inference.comparison") as pool:
+        assert len(pool.all) == 2
+        table = world_table("loss", "saddle").drop(columns="effective_dimension")
+        found = compare(table, LAWS, **SHORT, workers=pool, progress=said.append)
+    assert {"power_law: sampling", "arrhenius: sampling"} <= set(said)
+    assert found.verdict == power_at_saddles.verdict
+    assert found.reason == power_at_saddles.reason
+    pd.testing.assert_frame_equal(found.table, power_at_saddles.table, rtol=1e-6)
+    for law, tree in found.fits.items():
+        xr.testing.assert_allclose(tree["posterior"].ds, power_at_saddles.fits[law]["posterior"].ds, rtol=1e-6)
 
 
 def test_uniform_noise_gives_arrhenius_at_saddles():

@@ -7,12 +7,12 @@ from typing import Protocol
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from escape_inference.background import processors
 from escape_inference.trainers.lanes import Lanes
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.replicas import Replicas
 from escape_inference.trainers.rounds import Round
 from escape_inference.trainers.sgd import Recipe
+from escape_inference.workers import processors
 
 FEW_PARAMETERS = 4096
 """Up to this many parameters the replicas are lanes of one vectorised program; above, each runs alone, in cache."""

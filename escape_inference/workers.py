@@ -1,0 +1,116 @@
+"""Processes that work side by side, each on a processor of its own, and keep what they have computed for the next question.
+
+JAX hands small pieces of work between its threads, which on two processors takes as long as the work itself; several processes with
+one thread each do not. This module imports nothing heavy, so that processes can be started before anything else.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+Say = Callable[[str], None]
+
+
+def processors() -> list[int]:
+    """The processors that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """A pool of new processes for questions that are independent of each other."""
+    context = get_context("spawn")
+    free = context.SimpleQueue()
+    for share in _shares(workers):
+        free.put(share)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_settle_on_next, initargs=(free,))
+
+
+class Worker:
+    """One process that answers one question at a time."""
+
+    def __init__(self, share: list[int], module: str) -> None:
+        context = get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._turn = Lock()
+        self._process = context.Process(target=_answer, args=(there, share, module), daemon=True)
+        self._process.start()
+        there.close()
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, say: Say) -> Any:
+        """The value of ``function(*arguments, say)``; ``function`` is one of a module, and texts are said here.
+
+        Raises:
+            ChildProcessError: the process has ended, for want of memory perhaps.
+            Exception: whatever the function raised.
+        """
+        with self._turn:
+            try:
+                self._pipe.send((function, arguments))
+                while (answer := self._pipe.recv())[0] == "said":
+                    say(answer[1])
+            except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+                raise ChildProcessError(
+                    "a process of the comparison has ended (was there too little memory?)"
+                ) from error
+        if answer[0] == "failed":
+            raise answer[1]
+        return answer[1]
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+
+class Workers:
+    """Several workers while a ``with`` block lasts; none if there would be only one."""
+
+    def __init__(self, most: int, module: str) -> None:
+        count = min(most, len(processors()))
+        self.all = [Worker(share, module) for share in _shares(count)] if count > 1 else []
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in self.all:
+            worker.stop()
+
+
+def _shares(workers: int) -> list[list[int]]:
+    """The processors of each worker."""
+    own = processors()
+    return [own[number % len(own) :: workers] for number in range(workers)]
+
+
+def _settle(share: list[int]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, share)
+
+
+def _settle_on_next(free: Any) -> None:
+    _settle(free.get())
+
+
+def _answer(pipe: Connection, share: list[int], module: str) -> None:
+    """The life of a worker: Ctrl-C is for the process that asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _settle(share)
+    import_module(module)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            function, arguments = pipe.recv()
+            try:
+                answer = "done", function(*arguments, lambda text: pipe.send(("said", text)))
+            except Exception as error:
+                answer = "failed", error
+            pipe.send(answer)

@@ -1,0 +1,67 @@
+"""Processes that answer questions, and what is said when one of them cannot."""
+
+import os
+
+import pytest
+
+from escape_inference import InputError, workers
+
+KNOWN = []
+
+
+def remember(number, say):
+    KNOWN.append(number)
+    say(f"got {number}")
+    return sum(KNOWN), os.getpid()
+
+
+def refuse(say):
+    raise InputError("row 3: not a number")
+
+
+def end(say):
+    os._exit(1)
+
+
+def where(say):
+    return os.sched_getaffinity(0)
+
+
+@pytest.fixture
+def worker():
+    worker = workers.Worker(workers.processors()[:1], "escape_inference.errors")
+    yield worker
+    worker.stop()
+
+
+def test_a_worker_says_what_it_does_and_keeps_what_it_has_found(worker):
+    said = []
+    first, process = worker.ask(remember, 2, say=said.append)
+    second, same = worker.ask(remember, 3, say=said.append)
+    assert (first, second, said) == (2, 5, ["got 2", "got 3"])
+    assert process == same != os.getpid()
+    assert KNOWN == []
+
+
+def test_an_error_there_is_raised_here_and_the_worker_goes_on(worker):
+    with pytest.raises(InputError, match="row 3"):
+        worker.ask(refuse, say=print)
+    assert worker.ask(remember, 1, say=lambda text: None)[0] == 1
+
+
+def test_a_worker_that_ended_is_told_of(worker):
+    with pytest.raises(ChildProcessError, match="memory"):
+        worker.ask(end, say=print)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processors to choose here")
+def test_a_worker_stays_on_its_processor(worker):
+    assert worker.ask(where, say=print) == set(workers.processors()[:1])
+
+
+def test_one_worker_is_none_and_processors_are_shared_out(monkeypatch):
+    with workers.Workers(1, "escape_inference.errors") as pool:
+        assert pool.all == []
+    monkeypatch.setattr(workers, "processors", lambda: [4, 5, 6])
+    assert workers._shares(2) == [[4, 6], [5]]
+    assert workers._shares(4) == [[4], [5], [6], [4]]
