@@ -124,7 +124,7 @@ def compare(
     if names is not None and not names:
         raise InputError("--laws names no law; give names separated by commas, or leave the option out")
     several = len(names) if names is not None else SHIPPED
-    with Workers(several, "escape_inference.comparison") as workers, _progress(quiet) as say:
+    with Workers(several) as workers, _progress(quiet) as say:
         from escape_inference.comparison import compare as run
         from escape_inference.inference import prepare
         from escape_inference.law import load_laws

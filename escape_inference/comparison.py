@@ -114,6 +114,8 @@ class LawResult:
     def leave_out(self, width: float) -> None:
         """Really leave out the conditions whose scores importance sampling cannot give."""
         sample, loo = self.samples[width], self.loo[width]
+        if np.ptp(self.fit.draws.z, axis=1).max() == 0:
+            return  # chains that stand still would stand still again
         wanted = [int(i) for i in needs_refit(loo, len(sample.z)) if not loo.refitted[i]]
         refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, PARALLEL)
         exact = {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
@@ -161,7 +163,8 @@ def compare(
         draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
         pooling: ``complete`` or ``partial``, as in :func:`~escape_inference.infer`.
         progress: called with a short text at every step.
-        workers: processes that study laws given by name or path side by side; without them threads do.
+        workers: processes that study laws given by name or path side by side, a :class:`~escape_inference.workers.Workers`;
+            without them threads do.
 
     Returns:
         The verdict, its reason, the table, the posteriors and the report.

@@ -43,6 +43,19 @@ def pareto_limit(draws: int) -> float:
     return float(min(1 - 1 / np.log10(draws), 0.7))
 
 
+def smoothed(log_ratio: Float[np.ndarray, " draw"]) -> tuple[Float[np.ndarray, " draw"], float]:
+    """Pareto-smoothed logarithms of importance weights, normalised, and their Pareto shape: infinite where the largest are all equal.
+
+    >>> smoothed(np.repeat([0.0, 1.0], 500))[1]
+    inf
+    """
+    try:
+        weights, k = array_stats.psislw(-log_ratio)  # it takes log-likelihoods and turns their sign itself
+    except ValueError:  # draws of chains that stood still
+        return log_ratio - logsumexp(log_ratio), float("inf")
+    return weights, float(k)
+
+
 def leave_one_out(
     log_likelihood: Float[np.ndarray, "chain draw condition"], log_weight: Float[np.ndarray, " draws"] | None = None
 ) -> LeaveOneOut:
@@ -64,7 +77,7 @@ def leave_one_out(
         if np.ptp(raw) < NEARLY_EQUAL:  # nothing to smooth: every weight is within a few per cent of the others
             weights, k = raw - logsumexp(raw), float("-inf")
         else:
-            weights, k = array_stats.psislw(-raw)  # it takes log-likelihoods and turns their sign itself
+            weights, k = smoothed(raw)
         score = float(logsumexp(weights + values))
         pointwise.append(score)
         shapes.append(float(k) if np.isfinite(score) else float("inf"))

@@ -10,12 +10,12 @@ says whether they can be trusted (Vehtari et al. 2024).
 from typing import Any, NamedTuple
 
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Float
 from scipy.linalg import solve_triangular
 from scipy.special import gammaln, logsumexp
 
 from escape_inference.bend import bent, fit_bend, unbent
+from escape_inference.cross_validation import smoothed
 from escape_inference.student import FREEDOM, LogDensity, at_points
 
 ROUND = 1000  #: draws in each round but the last
@@ -96,7 +96,7 @@ def importance_sample(
             break
     if not np.isfinite(weights).any():
         return Weighted(bent(bend, points), weights, float("inf"))
-    return Weighted(bent(bend, points), weights, float(array_stats.psislw(-weights)[1]))
+    return Weighted(bent(bend, points), weights, smoothed(weights)[1])
 
 
 def _fit(points: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

@@ -7,11 +7,10 @@ with many latent settings they are weighted anew. Where the Pareto shape says th
 from typing import NamedTuple
 
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from escape_inference.cross_validation import pareto_limit
+from escape_inference.cross_validation import pareto_limit, smoothed
 from escape_inference.evidence import Evidence, bridge_log_evidence
 from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, place_in_table
 from escape_inference.importance import effective_share, importance_sample
@@ -94,7 +93,7 @@ def _redraw(
         if sound:
             evidence = Evidence(found.log_evidence, found.standard_error, "importance")
             return _sample(problem, widths, found.z, found.log_weight, evidence)
-    elif array_stats.psislw(-log_ratio)[1] < limit:
+    elif smoothed(log_ratio)[1] < limit:
         shift = logsumexp(log_ratio) - np.log(len(log_ratio))
         error = np.sqrt(max(1 / effective_share(log_ratio) - 1, 0.0) / len(log_ratio) * 4)
         known = sample.evidence

@@ -72,9 +72,17 @@ class Worker:
 
 
 class Workers:
-    """Several workers while a ``with`` block lasts; none if there would be only one."""
+    """Several workers while a ``with`` block lasts; none if there would be only one.
 
-    def __init__(self, most: int, module: str) -> None:
+    ``with Workers(5) as workers: compare(table, workers=workers)`` studies up to five laws side by side. A script that does so needs
+    ``if __name__ == "__main__":`` around what it runs, as each worker reads it again.
+
+    Args:
+        most: workers, at most; never more than processors.
+        module: what a worker imports at once.
+    """
+
+    def __init__(self, most: int, module: str = "escape_inference.comparison") -> None:
         count = min(most, len(processors()))
         self.all = [Worker(share, module) for share in _shares(count)] if count > 1 else []
 

@@ -45,7 +45,7 @@ def test_noise_proportional_to_the_loss_gives_the_power_law_at_saddles(power_at_
 def test_processes_find_what_threads_find(power_at_saddles, monkeypatch):
     monkeypatch.setattr(workers, "processors", lambda: processors()[:1] * 2)
     said = []
-    with workers.Workers(2, "escape_inference.comparison") as pool:
+    with workers.Workers(2) as pool:
         assert len(pool.all) == 2
         table = world_table("loss", "saddle").drop(columns="effective_dimension")
         found = compare(table, LAWS, **SHORT, workers=pool, progress=said.append)
