@@ -10,9 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
-from threading import Lock
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any
 
@@ -110,8 +110,9 @@ def _settle_on_next(free: Any) -> None:
 
 
 def _answer(pipe: Connection, share: list[int], module: str) -> None:
-    """The life of a worker: Ctrl-C is for the process that asks."""
+    """The life of a worker: Ctrl-C is for the process that asks, and with that process it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     _settle(share)
     import_module(module)
     with suppress(EOFError, BrokenPipeError):
@@ -122,3 +123,9 @@ def _answer(pipe: Connection, share: list[int], module: str) -> None:
             except Exception as error:
                 answer = "failed", error
             pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)

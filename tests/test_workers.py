@@ -1,6 +1,10 @@
 """Processes that answer questions, and what is said when one of them cannot."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +25,11 @@ def refuse(say):
 
 def end(say):
     os._exit(1)
+
+
+def take_long(say):
+    say(str(os.getpid()))
+    time.sleep(60)
 
 
 def where(say):
@@ -57,6 +66,24 @@ def test_a_worker_that_ended_is_told_of(worker):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processors to choose here")
 def test_a_worker_stays_on_its_processor(worker):
     assert worker.ask(where, say=print) == set(workers.processors()[:1])
+
+
+def test_workers_end_with_the_process_that_started_them():
+    code = "import os, test_workers as t; w = t.workers.Worker(t.workers.processors()[:1], 'escape_inference.errors')\n"
+    code += "w.ask(t.take_long, say=lambda text: (print(text, flush=True), os.kill(os.getpid(), 9)))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        process = int(parent.stdout.readline())
+        parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker goes on")
 
 
 def test_one_worker_is_none_and_processors_are_shared_out(monkeypatch):
