@@ -19,6 +19,7 @@ from escape_inference.workers import Workers
 if TYPE_CHECKING:
     from escape_inference.inference import Prepared
 
+INTERRUPTED = 130  #: the exit code that Typer gives Ctrl-C
 SHIPPED = 5  #: laws that are compared where none is named
 
 app = typer.Typer(
@@ -204,15 +205,16 @@ def _keep_compiled_programs() -> None:
 
 
 def main() -> None:
-    """Run the command line; exit code 0 done, 2 bad input or usage, 1 anything else."""
+    """Run the command line; exit code 0 done, 2 bad input or usage, 130 stopped by Ctrl-C, 1 anything else."""
     try:
         app(standalone_mode=True)
     except InputError as error:
         print(f"escape-inference: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("escape-inference: stopped; nothing half-written is left", file=sys.stderr)
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("escape-inference: stopped; nothing half-written is left", file=sys.stderr)
+        raise
     except OSError as error:
         print(f"escape-inference: {error}", file=sys.stderr)
         sys.exit(1)

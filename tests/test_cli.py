@@ -1,6 +1,8 @@
 """Commands, their files and their exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -57,6 +59,25 @@ def test_report_draws_a_page_from_the_results(folder, compared):
     page = (folder / "out" / "report.html").read_text()
     assert "data:image/png;base64" in page
     assert "power_law" in page
+
+
+def test_ctrl_c_stops_everything_with_one_line_and_writes_nothing(folder):
+    listening = (  # a shell's background job, and so its children, would ignore Ctrl-C
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from escape_inference.cli import main; main()"
+    )
+    command = [sys.executable, "-c", listening, "compare", "table.csv", "--output", "stopped"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "posterior" in line:
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert rest[-1] == "escape-inference: stopped; nothing half-written is left"
+    assert "Traceback" not in "".join(rest)
+    assert not (folder / "stopped").exists()
 
 
 def test_bad_input_is_one_message_exit_code_two_and_nothing_written(folder):
