@@ -205,16 +205,17 @@ def _keep_compiled_programs() -> None:
 
 
 def main() -> None:
-    """Run the command line; exit code 0 done, 2 bad input or usage, 130 stopped by Ctrl-C, 1 anything else."""
+    """Run the command line; exit code 0 done, 2 bad input or usage, 1 anything else (Ctrl-C, too)."""
     try:
         app(standalone_mode=True)
     except InputError as error:
         print(f"escape-inference: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("escape-inference: stopped; nothing half-written is left", file=sys.stderr)
-        raise
+        if end.code != INTERRUPTED:
+            raise
+        print("escape-inference: stopped; nothing half-written is left", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"escape-inference: {error}", file=sys.stderr)
         sys.exit(1)
