@@ -28,6 +28,7 @@ _KEYS = (
     "loss_barrier_se",
     "hessian_saddle_se",
 )
+_STEPS = ("optimizer", "with_replacement")  #: how steps are made, in tables where that differs
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def aggregate(table: pd.DataFrame) -> Conditions:
     """Gather the rows of a measured table into conditions.
 
     Rows belong to one condition when they agree in ``minimum``, ``learning_rate``, ``batch_size``, ``check_interval``,
-    ``barrier``, ``start``, ``loss_barrier``, ``hessian_saddle`` (and the errors of both), and in being levels of a ramp
-    or not.
+    ``barrier``, ``start``, ``loss_barrier``, ``hessian_saddle`` (and the errors of both), in being levels of a ramp or
+    not, and, where the table has these columns, in ``optimizer`` and ``with_replacement``.
 
     Args:
         table: what :func:`~escape_inference.table.read_measurements` returns; any other table is checked first.
@@ -134,7 +135,7 @@ def aggregate(table: pd.DataFrame) -> Conditions:
     if not is_checked(table):
         table = read_measurements(table)
     in_ramp, ramp = ramp_codes(table)
-    columns = [table[name] for name in _KEYS]
+    columns = [table[name] for name in (*_KEYS, *(name for name in _STEPS if name in table))]
     key = combined_codes(*columns, in_ramp) if in_ramp.any() else combined_codes(*columns)
     codes, distinct = pd.factorize(key)
     count = len(distinct)
@@ -176,12 +177,17 @@ def _settings(table: pd.DataFrame, first: np.ndarray, in_ramp: np.ndarray) -> pd
     for value, error in zip(COVARIATES, ERRORS, strict=True):
         frame[error] = frame[error].where(frame[value].notna(), 0.0).fillna(0.0)
     frame.insert(6, "ramp", in_ramp[first])
-    frame.insert(0, "condition", _labels(frame))
+    how = [table[name].iloc[first] for name in _STEPS if name in table]
+    steps = [
+        ", ".join(f"{column.name}={value}" for column, value in zip(how, row, strict=True))
+        for row in zip(*how, strict=True)
+    ]
+    frame.insert(0, "condition", _labels(frame, steps))
     frame.attrs = {}
     return frame
 
 
-def _labels(frame: pd.DataFrame) -> list[str]:
+def _labels(frame: pd.DataFrame, steps: list[str]) -> list[str]:
     """Short labels; a setting that does not fit the short form is added only where labels would collide."""
 
     def number(name: str, symbol: str) -> list[str]:
@@ -199,6 +205,8 @@ def _labels(frame: pd.DataFrame) -> list[str]:
         "loss_barrier": number("loss_barrier", "L^s"),
         "hessian_saddle": number("hessian_saddle", "h^s"),
     }
+    if steps:
+        extra["steps"] = [f" {words}" for words in steps]
     for words in extra.values():
         same = labels.duplicated(keep=False).to_numpy()
         if not same.any():

@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 
 from escape_inference.errors import InputError
-from escape_inference.trainers import EscapeRecord, Minimum, UnstableMinimum, engines, measure_escape
+from escape_inference.trainers import EscapeRecord, Minimum, UnstableMinimum, engines, lanes, measure_escape
 from escape_inference.trainers.looks import Gate, Limits
+from escape_inference.trainers.losses import mean_square
+from escape_inference.trainers.optimizers import named_optimizer
 from escape_inference.trainers.screens import Screens, choose_screens, subsample
+from escape_inference.trainers.sgd import make_recipe
 
 CURVATURE, LOSS_MINIMUM, STRETCH = 2.0, 0.3, 10.0
 
@@ -435,3 +438,62 @@ def test_the_loss_of_a_saved_minimum_is_used() -> None:
         seed=1,
     )
     pd.testing.assert_frame_equal(record.rows, quick().rows)
+
+
+@lru_cache
+def many_samples() -> tuple[Callable, Minimum, np.ndarray, np.ndarray]:
+    """A linear regression with so many samples that looks may be screened, and where its loss is lowest."""
+    rng = np.random.default_rng(8)
+    inputs, targets = rng.normal(size=(2000, 3)).astype(np.float32), rng.normal(size=2000).astype(np.float32)
+    best = np.linalg.lstsq(inputs, targets)[0]
+    loss = 0.5 * float(np.mean((inputs @ best - targets) ** 2))
+    return (lambda theta, x: x @ theta), Minimum(jnp.asarray(best), loss, 0.0), inputs, targets
+
+
+def test_a_pilot_that_never_comes_near_the_barrier_leaves_every_look_exact() -> None:
+    apply, minimum, *data = many_samples()
+    common: dict = {"replicas": 4, "steps": 50}
+    with pytest.raises(UnstableMinimum, match="the minimum is unstable there"):
+        measure_escape(
+            apply, minimum, *data, learning_rate=50.0, batch_size=1, loss_barrier=1.3 * minimum.loss_minimum, **common
+        )
+    quiet = measure_escape(
+        apply, minimum, *data, learning_rate=1e-6, batch_size=100, loss_barrier=1e3 * minimum.loss_minimum, **common
+    )
+    assert (quiet.escapes, quiet.screens) == (0, None)
+
+
+def test_an_optimiser_that_adds_noise_moves_every_replica_by_its_own() -> None:
+    apply, minimum, *data = many_samples()
+    noisy = named_optimizer("noisy_sgd", {"eta": 1.0, "gamma": 0.0})
+
+    def times(seed: int) -> list[int]:
+        record = measure_escape(
+            apply, minimum, *data, learning_rate=0.1, batch_size=2000, with_replacement=False, optimizer=noisy,
+            start="minimum", loss_barrier=1.1 * minimum.loss_minimum, replicas=6, steps=2000, looks="exact", seed=seed,
+        )  # fmt: skip
+        assert record.rows["escaped"].all()
+        return record.rows["steps"].tolist()
+
+    first = times(0)
+    assert len(set(first)) > 3
+    assert times(1) != first == times(0)
+
+
+def test_lanes_whose_full_losses_take_turns_see_the_same() -> None:
+    apply, minimum, *data = many_samples()
+    settings: dict = {"learning_rate": 0.3, "batch_size": 4, "loss_barrier": 1.3 * minimum.loss_minimum}
+    settings |= {"replicas": 7, "steps": 120, "looks": "exact"}
+    together = measure_escape(apply, minimum, *data, **settings)
+    turns = measure_escape(apply, minimum, *data, **settings, replica_batch=3)
+    assert together.escapes > 5
+    pd.testing.assert_frame_equal(turns.rows, together.rows)
+
+
+def test_full_losses_of_many_lanes_take_a_bounded_memory() -> None:
+    recipe = make_recipe(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], mean_square, None, 4, True)
+    params = {"a": jnp.zeros((20, 50)), "b": jnp.zeros(50)}
+    numbers = jnp.float32(0.1), jnp.float32(1), jnp.int32(1), jnp.int32(1)
+    world = lanes.World(jnp.zeros((20_000, 20)), jnp.zeros(20_000), *numbers, None, None)
+    hidden = 20_000 * 50 * 4
+    assert hidden <= lanes.loss_memory(recipe, params, world) <= 3 * hidden

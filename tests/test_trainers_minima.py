@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from escape_inference.errors import InputError
-from escape_inference.trainers import Minimum, measure_ramp, train_minima, train_minimum
+from escape_inference.trainers import Minimum, measure_ramp, top_hessian, train_minima, train_minimum
 from escape_inference.trainers import minima as minima_module
 from escape_inference.trainers.collect import collect
 from escape_inference.trainers.datasets import check_data, linear_regression
@@ -235,3 +235,63 @@ def test_a_built_network_of_two_outputs_takes_the_cross_entropy() -> None:
         steps=300, loss="cross_entropy",
     )  # fmt: skip
     assert found.loss_minimum < 0.1
+
+
+def test_a_saved_minimum_that_was_made_otherwise_is_not_handed_out(regression: tuple, tmp_path: Path) -> None:
+    once: dict = {"learning_rate": 0.1, "batch_size": 4, "steps": 60, "folder": tmp_path}
+    train_minima(draw, linear, *regression, **once)
+    inputs, targets = regression
+    for changed, what in (
+        ({"optimizer": optax.adam}, "optimizer"),
+        ({"optimizer": named_optimizer("sgd", {"momentum": 0.9})}, "optimizer"),
+        ({"loss": "logistic"}, "loss"),
+        ({"polish_steps": 5}, "polish_at_most"),
+        ({"targets": targets + 0.1}, "data, network, loss or optimiser"),
+        ({"apply": lambda theta, x: 1.1 * linear(theta, x)}, "data, network, loss or optimiser"),
+    ):
+        call = {"apply": linear, "inputs": inputs, "targets": targets} | once | changed
+        with pytest.raises(InputError, match=f"was made with other {what}"):
+            train_minima(draw, **call)
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(regression: tuple, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot save minima there"):
+        train_minima(draw, linear, *regression, learning_rate=0.1, batch_size=4, steps=5, folder=tmp_path / "file")
+
+
+def test_a_ramp_refuses_an_optimiser_with_a_learning_rate_of_its_own(regression: tuple) -> None:
+    with pytest.raises(InputError, match="keeps its own learning rate"):
+        measure_ramp(
+            linear, jnp.zeros(3), *regression, batch_size=4, learning_rates=[0.1, 0.2], steps_per_level=5, runs=2,
+            loss_barrier=1e3, optimizer=optax.sgd(0.1),
+        )  # fmt: skip
+
+
+def test_predictions_that_only_have_the_size_of_the_targets_are_refused() -> None:
+    inputs, targets = np.ones((5, 2), np.float32), np.ones((5, 3), np.float32)
+    with pytest.raises(InputError, match="they must match"):
+        train_minimum(
+            lambda p, x: (x @ p)[:, :, None],
+            jnp.zeros((2, 3)),
+            inputs,
+            targets,
+            learning_rate=0.1,
+            batch_size=1,
+            steps=1,
+        )
+
+
+def test_double_precision_trains_polishes_and_finds_the_spectrum(regression: tuple) -> None:
+    inputs, targets = (np.asarray(part, float) for part in regression)
+    with jax.enable_x64(True):
+        found = train_minimum(
+            linear, jnp.zeros(3), inputs, targets, learning_rate=0.1, batch_size=4, steps=50, polish_steps=2000,
+            polish_gradient_norm=1e-10,
+        )  # fmt: skip
+        spectrum = top_hessian(linear, found, inputs, targets)
+    assert found.params.dtype == np.float64
+    assert found.gradient_norm < 1e-9
+    exact = np.linalg.eigvalsh(inputs.T @ inputs / len(inputs))[::-1]
+    assert spectrum.eigenvalues == pytest.approx(exact, rel=1e-5)

@@ -216,3 +216,10 @@ def test_directions_that_cannot_be_are_refused() -> None:
         spectral_density(*problem, probes=0)
     with pytest.raises(InputError, match="iterations"):
         spectral_density(*problem, iterations=0)
+
+
+def test_too_few_eigenvalues_tell_no_number_of_outliers() -> None:
+    found = count_outliers(np.array([10.0, 9.9, 9.8, 0.01, 0.005]))
+    assert np.isnan(found.se)
+    assert np.isnan(count_outliers(np.array([9.0, 8.0, 7.0, 0.5, 0.4, 0.3, 0.2])).se)
+    assert not np.isnan(count_outliers(np.array([9.0, 8.0, 7.0, *0.3 * np.arange(1, 21) ** -0.5])).se)

@@ -8,15 +8,20 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jax
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from escape_inference import __version__
 from escape_inference.errors import InputError
 from escape_inference.trainers.datasets import Dataset, import_object, load_data
-from escape_inference.trainers.losses import LOSSES
+from escape_inference.trainers.losses import LOSSES, check_problem, resolve_loss
+from escape_inference.trainers.minimum import parameters_of
 from escape_inference.trainers.networks import load_network
+from escape_inference.trainers.optimizers import check_optimizer
 from escape_inference.trainers.parts import (
     Report,
     World,
@@ -26,11 +31,15 @@ from escape_inference.trainers.parts import (
     ramp_part,
     saddle_part,
 )
+from escape_inference.trainers.screens import FEWEST
+from escape_inference.trainers.sgd import make_recipe
 from escape_inference.trainers.specs import CrossingSpec, MinimumSpec, RampSpec, SaddleSpec, describe, fingerprint
-from escape_inference.trainers.storage import open_campaign
+from escape_inference.trainers.storage import SIGN, open_campaign
 from escape_inference.trainers.study import Study, read_study
-from escape_inference.trainers.tables import write_tables
+from escape_inference.trainers.tables import remarks_on, write_tables
 
+SIGNED = 64
+"""Samples from which an edited network or loss is recognised."""
 SECTIONS: dict[type, str] = {RampSpec: "[[ramps]]", SaddleSpec: "[[saddles]]", CrossingSpec: "[[saddles]]"}
 
 
@@ -42,7 +51,7 @@ def collect(
     Args:
         study: the TOML file, see :mod:`escape_inference.trainers.study`.
         output: folder to write; it must be new or empty unless ``resume``.
-        resume: go on with a campaign that was stopped; its study, seed and data must be unchanged.
+        resume: go on with a campaign that was stopped; its study, seed, data, network and loss must be unchanged.
         seed: takes the place of the study's own seed.
         progress: draw progress bars on the standard error.
 
@@ -55,7 +64,8 @@ def collect(
 
     Raises:
         InputError: the study, its data or network, or the output folder cannot be used; the disk is full; or no escape
-            was seen under any condition. Finished parts are never lost.
+            was seen under any condition. Finished parts are never lost. What could not be measured, or is doubtful, is
+            said on the standard error and in the tables; the rest is measured all the same.
 
     The replicas start from the quasi-stationary state unless the study says otherwise (Binder, Lelièvre, Simpson, J.
     Comput. Phys. 2015).
@@ -69,6 +79,7 @@ def collect(
         "identity": {
             "study": plan.identity,
             "data": fingerprint({key: world.data.sha256 for key, world in worlds.items()}),
+            SIGN: fingerprint({key: world.sign for key, world in worlds.items()}),
         },
         "title": plan.file.title,
         "study": plan.file.model_dump(),
@@ -85,7 +96,10 @@ def collect(
             saddle_part(campaign, saddle, worlds[_world_key(saddle.minimum)], report)
         for crossing in plan.crossings:
             crossing_part(campaign, crossing, worlds[_world_key(crossing.minimum)], report)
-        return write_tables(campaign, plan)
+        path = write_tables(campaign, plan)
+    if remarks := remarks_on(output):
+        Console(stderr=True).print("\n".join(remarks), markup=False, highlight=False, soft_wrap=True)
+    return path
 
 
 def _world_key(spec: MinimumSpec) -> str:
@@ -100,20 +114,59 @@ def _prepare(plan: Study) -> dict[str, World]:
         names = ", ".join(map(repr, LOSSES))
         raise InputError(f"loss = {file.loss!r}: must be {names} or an import path my_module:my_loss")
     loss = import_object(file.loss, what="loss", folder=folder) if is_path else file.loss
+    if not (callable(loss) or loss in LOSSES):
+        raise InputError(
+            f"loss = {file.loss!r}: is a {type(loss).__name__}, not a function (prediction, target) -> loss"
+        )
     worlds: dict[str, World] = {}
     for spec in plan.minima:
         key = _world_key(spec)
         if key not in worlds:
             data = load_data(file.data.name, spec.data_options, folder=folder)
-            network = load_network(file.network.name, data, file.network.options, folder=folder)
+            network = load_network(file.network.name, data, file.network.options, folder=folder, same_shape=not is_path)
             worlds[key] = World(data, network, loss, folder)
-        worlds[key].arguments(spec)
+            worlds[key].sign = _sign(worlds[key])
+            _check_subsample(file.hessian.subsample, data)
+        _check_optimizer(worlds[key], spec)
         _check_batch("[[minima]]", spec.label, spec.settings["batch_size"], worlds[key].data)
     for measured in plan.measured:
-        worlds[_world_key(measured.minimum)].arguments(measured)
+        world = worlds[_world_key(measured.minimum)]
+        _check_optimizer(world, measured)
         section = SECTIONS.get(type(measured), "[[escape]]")
-        _check_batch(section, describe(measured), measured.batch_size, worlds[_world_key(measured.minimum)].data)
+        _check_batch(section, describe(measured), measured.batch_size, world.data)
+        if measured.settings.get("looks") == "screened" and world.data.samples < FEWEST:
+            raise InputError(
+                f"{section}: {describe(measured)}: looks = 'screened' needs at least {FEWEST} samples, the data have "
+                f"{world.data.samples}; leave it out"
+            )
     return worlds
+
+
+def _sign(world: World) -> str:
+    """Loss and length of the gradient at some initial parameters, by which an edited network or loss is recognised.
+
+    Raises:
+        InputError: the loss cannot be computed, or is not one number for each sample.
+    """
+    network, loss = world.network, resolve_loss(world.loss)
+    params = parameters_of(network.init(jax.random.key(0)))
+    data = check_problem(network.apply, loss, params, *(part[:SIGNED] for part in world.problem))
+    slope = jax.jit(jax.value_and_grad(make_recipe(network.apply, loss, None, 1, True).mean_loss))
+    value, gradient = slope(params, *data)
+    return f"{float(value):.4g} {float(optax.tree.norm(gradient)):.4g}"
+
+
+def _check_optimizer(world: World, spec: Any) -> None:
+    """Refuse an optimiser that cannot make a step on this network, once for each."""
+    named = json.dumps(spec.settings.get("optimizer"), sort_keys=True)
+    if named not in world.optimizers:
+        check_optimizer(world.arguments(spec).get("optimizer"), jax.eval_shape(world.network.init, jax.random.key(0)))
+        world.optimizers.add(named)
+
+
+def _check_subsample(subsample: int | None, data: Dataset) -> None:
+    if subsample is not None and subsample > data.samples:
+        raise InputError(f"[hessian]: subsample = {subsample} is more than the {data.samples} samples of the data")
 
 
 def _check_batch(section: str, label: str, batch_size: int, data: Dataset) -> None:

@@ -270,7 +270,7 @@ def _compiled_round(recipe: Recipe, together: bool) -> Callable:
                 step = step + 1
                 order = recipe.renew(order, stream, step, samples)
                 indices, _ = recipe.draw(stream, step, order, samples)
-                return recipe.step(state, rate, inputs, targets, indices)[0], step, order
+                return recipe.step(state, rate, inputs, targets, indices, stream, step)[0], step, order
 
             carry = (state, begin, recipe.order(stream, begin + 1, samples))
             state = jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)[0]

@@ -105,8 +105,8 @@ def layer_mask(params: PyTree, layers: str | None) -> Float[Array, " p"]:
     if not any(chosen):
         raise InputError(f"layers: no parameters begin with {layers!r}; there are: {', '.join(names)}.")
     leaves, structure = jax.tree.flatten(params)
-    kept = [jnp.full(jnp.shape(leaf), float(keep)) for leaf, keep in zip(leaves, chosen, strict=True)]
-    return ravel_pytree(jax.tree.unflatten(structure, kept))[0].astype(jnp.float32)
+    kept = [jnp.full(jnp.shape(leaf), keep, jnp.result_type(leaf)) for leaf, keep in zip(leaves, chosen, strict=True)]
+    return ravel_pytree(jax.tree.unflatten(structure, kept))[0]
 
 
 def product_with(
@@ -154,7 +154,7 @@ def linear_map(problem: Problem, part: str) -> Callable[[Array | np.ndarray], Fl
     [4.5, 1.0]
     """
     transpose = _compiled_transpose(problem.recipe, part)(problem.params, problem.mask, problem.inputs, problem.targets)
-    return lambda vector: _call(transpose, vector)
+    return lambda vector: _call(transpose, jnp.asarray(vector, problem.mask.dtype))
 
 
 @lru_cache(maxsize=32)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ def import_object(path: str, *, what: str, folder: str | Path | None = None) -> 
         raise InputError(f"{what}: {path!r} is not an import path of the form my_module:my_object")
     with module_path(folder):
         importlib.invalidate_caches()
+        _forget_if_changed(module_name)
         try:
             found = importlib.import_module(module_name)
         except Exception as error:
@@ -231,6 +233,23 @@ def import_object(path: str, *, what: str, folder: str | Path | None = None) -> 
             raise InputError(f"{what}: {module_name!r} has no {attribute!r}")
         found = getattr(found, part)
     return found
+
+
+_IMPORTED: dict[str, int] = {}
+"""When the file of each of the user's modules had been changed last when it was imported."""
+
+
+def _forget_if_changed(module_name: str) -> None:
+    """Import anew a module that another folder's module of that name hides, or whose file was edited since."""
+    spec = PathFinder.find_spec(module_name) if "." not in module_name else None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return
+    changed = Path(spec.origin).stat().st_mtime_ns
+    loaded = sys.modules.get(module_name)
+    ours = _IMPORTED.get(spec.origin)
+    if loaded is not None and (getattr(loaded, "__file__", None) != spec.origin or (ours or changed) != changed):
+        del sys.modules[module_name]
+    _IMPORTED[spec.origin] = changed
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str, skip: int = 0) -> None:

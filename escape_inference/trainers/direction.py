@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from escape_inference.errors import InputError
 from escape_inference.trainers.curvature import Problem, make_problem, product_with
 from escape_inference.trainers.engines import make_engine
+from escape_inference.trainers.escape import check_barrier, check_run
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
 from escape_inference.trainers.minimum import Minimum, parameters_of
@@ -149,6 +150,9 @@ def escape_displacements(
     """
     problem = make_problem(apply, minimum, inputs, targets, loss=loss)
     check_training(learning_rate, batch_size, steps, problem.samples)
+    check_run("minimum", "exact", replicas, steps, check_interval, None, None, None)
+    at_minimum = float(jax.jit(problem.recipe.mean_loss)(problem.params, problem.inputs, problem.targets))
+    check_barrier(loss_barrier, at_minimum)
     recipe = make_recipe(apply, problem.recipe.loss, optimizer, batch_size, True)
     engine = make_engine(
         recipe, problem.params, replicas, root_key(seed), learning_rate, replace=False, replica_batch=None, threads=None
@@ -161,7 +165,7 @@ def escape_displacements(
         escaped += [slot for _, slot in done.escapes]
     origin = ravel_pytree(parameters_of(minimum))[0]
     ends = [ravel_pytree(engine.state_of(slot)[0])[0] - origin for slot in sorted(escaped)]
-    return np.asarray(ends).reshape(len(ends), -1)
+    return np.asarray(ends).reshape(len(ends), origin.size)
 
 
 def sampling_error(problem: Problem, vector: Float[np.ndarray, " p"]) -> float:
@@ -180,7 +184,8 @@ def sampling_error(problem: Problem, vector: Float[np.ndarray, " p"]) -> float:
 @lru_cache(maxsize=32)
 def _compiled_sample_curvatures(recipe: Recipe) -> Callable:
     def curvatures(params: PyTree, vector: Array, inputs: Array, targets: Array) -> Array:
-        direction = ravel_pytree(params)[1](vector)
+        flat, unravel = ravel_pytree(params)
+        direction = unravel(vector.astype(flat.dtype))
 
         def losses(params: PyTree) -> Array:
             return sample_losses(recipe.apply, recipe.loss, params, inputs, targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from escape_inference.trainers.lanes import Lanes
@@ -51,9 +52,9 @@ def make_engine(
     threads: int | None,
 ) -> Engine:
     """Lanes for a small model, separate replicas for a network."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     if size <= FEW_PARAMETERS:
-        return Lanes(recipe, params, replicas, key, learning_rate, replace=replace)
+        return Lanes(recipe, params, replicas, key, learning_rate, replace=replace, replica_batch=replica_batch)
     if threads is None:
         threads = len(processors())
     return Replicas(

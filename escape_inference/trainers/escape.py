@@ -114,16 +114,12 @@ def measure_escape(
     params = parameters_of(minimum)
     inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
     check_training(learning_rate, batch_size, steps, len(inputs))
-    _check_run(start, looks, replicas, steps, check_interval, replica_batch, burn_in, hessian_minimum)
+    check_run(start, looks, replicas, steps, check_interval, replica_batch, burn_in, hessian_minimum)
     recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
     loss_minimum = float(jax.jit(recipe.mean_loss)(params, inputs, targets))
     if isinstance(minimum, Minimum):
         loss_minimum = minimum.loss_minimum
-    if not (loss_minimum < loss_barrier < float("inf")):
-        raise InputError(
-            f"loss_barrier: {loss_barrier:g} must be finite and above the loss at the minimum, {loss_minimum:g}."
-        )
-
+    check_barrier(loss_barrier, loss_minimum)
     steps -= steps % check_interval
     eta, barrier = jnp.float32(learning_rate), jnp.float32(loss_barrier)
     world = World(inputs, targets, eta, barrier, jnp.int32(1), jnp.int32(check_interval), None, None)
@@ -176,7 +172,15 @@ def measure_escape(
     return make_record(condition, outcome, time.perf_counter() - began)
 
 
-def _check_run(
+def check_barrier(loss_barrier: float, loss_minimum: float) -> None:
+    """Raises InputError for a loss that nobody can escape over."""
+    if not (loss_minimum < loss_barrier < float("inf")):
+        raise InputError(
+            f"loss_barrier: {loss_barrier:g} must be finite and above the loss at the minimum, {loss_minimum:g}."
+        )
+
+
+def check_run(
     start: str,
     looks: str,
     replicas: int,
@@ -186,6 +190,7 @@ def _check_run(
     burn_in: tuple[int, int] | None,
     hessian_minimum: float | None,
 ) -> None:
+    """Raises InputError for settings of a measurement that cannot be used."""
     if start not in STARTS:
         raise InputError(f"start: {start!r} is not known; allowed: {', '.join(STARTS)}.")
     if looks not in LOOKS:

@@ -155,7 +155,7 @@ def _compiled_leaving(recipe: Recipe) -> Callable:
             def body(carry: tuple) -> tuple:
                 state, step, _ = carry
                 indices, _ = recipe.draw(stream, step + 1, None, samples)
-                new, _ = recipe.step(state, rate, inputs, targets, indices)
+                new, _ = recipe.step(state, rate, inputs, targets, indices, stream, step + 1)
                 level = recipe.mean_loss(new[0], inputs, targets)
                 finite = jnp.isfinite(level)
                 new = jax.tree.map(lambda now, old: jnp.where(finite, now, old), new, state)

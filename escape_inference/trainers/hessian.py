@@ -61,7 +61,7 @@ def top_hessian(
     inputs: Array | np.ndarray,
     targets: Array | np.ndarray,
     *,
-    k: int = 30,
+    k: int | None = None,
     part: str = "hessian",
     layers: str | None = None,
     subsample: int | None = None,
@@ -79,7 +79,7 @@ def top_hessian(
         minimum: a ``Minimum``, or a pytree of parameters.
         inputs: samples first.
         targets: samples first.
-        k: eigenvalues wanted; thirty show the bulk below a few outliers, so that these can be counted.
+        k: eigenvalues wanted; None: thirty, or all of a smaller network; thirty show the bulk below a few outliers, so that these can be counted.
         part: ``hessian``, or ``gauss_newton`` for the part of it that does not contain the network's own curvature.
         layers: only the block of the parameters whose path begins so, such as ``.layers[0]``; see ``layer_names``.
         subsample: use this many random samples instead of all; a different matrix, so the residual is then only part of
@@ -100,6 +100,7 @@ def top_hessian(
     """
     problem = make_problem(apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed)
     dimension = problem.dimension
+    k = min(30, dimension) if k is None else k
     if not 1 <= k <= dimension:
         raise InputError(f"k: must be from 1 to the number of parameters, {dimension}, got {k}.")
     iterations = min(2 * k + 20 if iterations is None else iterations, dimension)

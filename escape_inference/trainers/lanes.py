@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import subjaxprs
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.looks import (
@@ -32,11 +34,16 @@ CAPACITY = 4096
 """Full looks of one round that are kept."""
 LONGEST = 256
 """Iterations of one round."""
+MEMORY = 2**30
+"""Bytes that the full losses of lanes may take together."""
 
 
 @lru_cache(maxsize=32)
-def compiled_round(recipe: Recipe, replace: bool) -> Callable:
-    """``(states, alive, step, end, key, world) -> (states, alive, step, extinct, history, tally, records)``."""
+def compiled_round(recipe: Recipe, replace: bool, together: int | None) -> Callable:
+    """``(states, alive, step, end, key, world) -> (states, alive, step, extinct, history, tally, records)``.
+
+    ``together`` lanes at a time compute the full loss (None: all).
+    """
 
     def look_at_lanes(
         states: PyTree, alive: Bool[Array, " r"], uniform: Float[Array, " r"], step: Int[Array, ""], world: World
@@ -49,7 +56,8 @@ def compiled_round(recipe: Recipe, replace: bool) -> Callable:
             looked = alive & (step % world.check_interval == 0)
 
             def full() -> Array:
-                return jax.vmap(lambda own: full_loss(recipe, own, world))(params)
+                one = lambda own: full_loss(recipe, own, world)
+                return jax.vmap(one)(params) if together is None else jax.lax.map(one, params, batch_size=together)
 
             loss = jax.lax.cond(jnp.any(looked), full, lambda: nan)
             loss = jnp.where(looked, loss, jnp.nan)
@@ -92,7 +100,7 @@ def compiled_round(recipe: Recipe, replace: bool) -> Callable:
         slots = jnp.arange(lanes, dtype=jnp.uint32)
         streams = jax.vmap(lambda slot: slot_key(key, slot))(slots)
         draw = jax.vmap(recipe.draw, (0, None, None if recipe.with_replacement else 0, None))
-        advance = jax.vmap(recipe.step, (0, None, None, None, 0))
+        advance = jax.vmap(recipe.step, (0, None, None, None, 0, 0, None))
         begin = step
 
         def keep(
@@ -107,7 +115,7 @@ def compiled_round(recipe: Recipe, replace: bool) -> Callable:
             step = step + 1
             order = recipe.renew(order, streams, step, samples)
             indices, uniform = draw(streams, step, order, samples)
-            new, _ = advance(states, world.learning_rate, world.inputs, world.targets, indices)
+            new, _ = advance(states, world.learning_rate, world.inputs, world.targets, indices, streams, step)
             if not replace:
                 new = jax.tree.map(
                     lambda now, old: jnp.where(alive.reshape(-1, *([1] * (now.ndim - 1))), now, old), new, states
@@ -139,19 +147,48 @@ def compiled_round(recipe: Recipe, replace: bool) -> Callable:
     return jax.jit(round_)
 
 
+@lru_cache(maxsize=64)
+def _bytes_of_loss(recipe: Recipe, shapes: tuple, structure: Any) -> int:
+    params, inputs, targets = jax.tree.unflatten(structure, shapes)
+    return 2 * _largest(jax.make_jaxpr(recipe.mean_loss)(params, inputs, targets).jaxpr)
+
+
+def _largest(jaxpr: Any) -> int:
+    """Bytes of the largest array that a traced program makes."""
+    made = [value.aval for line in jaxpr.eqns for value in line.outvars]
+    sizes = [value.size * getattr(value.dtype, "itemsize", 4) for value in made if hasattr(value, "dtype")]
+    return max([1, *sizes, *(_largest(inner) for inner in subjaxprs(jaxpr))])
+
+
+def loss_memory(recipe: Recipe, params: PyTree, world: World) -> int:
+    """About how many bytes one full loss takes: twice its largest intermediate array."""
+    arrays = params, world.inputs, world.targets
+    leaves, structure = jax.tree.flatten(arrays)
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _bytes_of_loss(recipe, shapes, structure)
+
+
 class Lanes:
     """The states of all replica slots as one batch; see the module's docstring."""
 
     gated = False
 
     def __init__(
-        self, recipe: Recipe, params: PyTree, replicas: int, key: PRNGKeyArray, learning_rate: float, *, replace: bool
+        self,
+        recipe: Recipe,
+        params: PyTree,
+        replicas: int,
+        key: PRNGKeyArray,
+        learning_rate: float,
+        *,
+        replace: bool,
+        replica_batch: int | None = None,
     ) -> None:
         self.key, self.replicas, self.step = key, replicas, 0
         start = recipe.start(params, learning_rate)
         self.states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *jnp.shape(leaf))), start)
         self.alive = jnp.ones(replicas, bool)
-        self._round = compiled_round(recipe, replace)
+        self._recipe, self._replace, self._most = recipe, replace, replica_batch or replicas
 
     def running(self) -> bool:
         return bool(jnp.any(self.alive))
@@ -169,7 +206,9 @@ class Lanes:
             Extinct: every lane escaped at the same iteration.
         """
         begin = self.step
-        result = self._round(self.states, self.alive, jnp.int32(begin), jnp.int32(end), self.key, world)
+        together = min(self._most, max(1, MEMORY // loss_memory(self._recipe, self.state_of(0)[0], world)))
+        round_ = compiled_round(self._recipe, self._replace, together if together < self.replicas else None)
+        result = round_(self.states, self.alive, jnp.int32(begin), jnp.int32(end), self.key, world)
         self.states, self.alive, step, extinct, history, tally, records = result
         if bool(extinct):
             raise Extinct(int(step))

@@ -90,13 +90,14 @@ def check_problem(
     try:
         predictions = jax.eval_shape(apply, params, inputs)
         losses = jax.eval_shape(jax.vmap(loss), predictions, targets)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the network or the loss does not accept this data: {error}") from error
-    sizes = predictions.size, targets.size
+    except Exception as error:  # whatever the user's functions raise
+        kind = type(error).__name__
+        raise InputError(f"the network or the loss does not accept this data: {kind}: {error}") from error
+    single = predictions.size == targets.size == len(inputs)  # [N, 1] and [N] are the same numbers
     if (
         len(predictions.shape) == 0
         or predictions.shape[0] != len(inputs)
-        or (loss in LOSSES.values() and sizes[0] != sizes[1])
+        or (loss in LOSSES.values() and predictions.shape != targets.shape and not single)
     ):
         raise InputError(f"predictions have shape {predictions.shape}, targets {targets.shape}: they must match.")
     if losses.shape != (len(inputs),):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.losses import Apply, SampleLoss
-from escape_inference.trainers.minimum import Minimum, Progress, train_minimum
+from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
+from escape_inference.trainers.minimum import Minimum, Progress, how_made, parameters_of, train_minimum
 from escape_inference.trainers.optimizers import OptimizerFactory
-from escape_inference.trainers.sgd import root_key
+from escape_inference.trainers.sgd import make_recipe, root_key
 
 INITIAL = 0x696E6974
 """Stream of the random numbers of the initial parameters."""
+SAME_LOSS = 1e-4
+"""Relative difference of the losses after the first iterations that rounding on another machine may make."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def train_minima(
         batch_size: B, one or several, samples per gradient.
         steps: iterations, one or several.
         seed: of the initial parameters and the batches, one or several.
-        folder: where to save each minimum, as ``<name>.npz``; one that is there already and was made in the same way is
-            read and not trained again. None: nothing is saved.
+        folder: where to save each minimum, as ``<name>.npz``; one that is there already and was made in the same way
+            (settings, and the loss after the first iterations) is read and not trained again. None: nothing is saved.
         optimizer: None for plain SGD, a function of the learning rate (``optax.adam``), or an optax transformation.
         with_replacement: draw each batch independently, or go through the data in epochs of a new random order.
         loss: as in ``train_minimum``.
@@ -93,11 +96,20 @@ def train_minima(
     names = [f"lr{p['learning_rate']:g}_b{p['batch_size']}_n{p['steps']}_s{p['seed']}" for p in points]
     if len(set(names)) < len(names):
         raise InputError("learning_rate, batch_size, steps, seed: a value is given twice.")
+    if folder is not None:
+        _check_writable(Path(folder))
     found, failed = {}, {}
     for done, (name, point) in enumerate(zip(names, points, strict=True)):
         params = init(jax.random.fold_in(root_key(point["seed"]), INITIAL))
         path = None if folder is None else Path(folder) / f"{name}.npz"
-        saved = None if path is None else _saved(path, params, point | {"with_replacement": with_replacement})
+        saved = None
+        if path is not None and path.exists():
+            sample_loss, same = resolve_loss(loss), parameters_of(params)
+            data = check_problem(apply, sample_loss, same, inputs, targets)
+            recipe = make_recipe(apply, sample_loss, optimizer, point["batch_size"], with_replacement)
+            settings = {key: value for key, value in point.items() if key != "batch_size"}
+            settings |= {"loss": loss, "optimizer": optimizer, "polish_steps": polish_steps}
+            saved = _saved(path, params, how_made(recipe, same, *data, **settings))
         try:
             found[name] = saved or train_minimum(
                 apply, params, inputs, targets, **point, optimizer=optimizer, with_replacement=with_replacement,
@@ -108,7 +120,6 @@ def train_minima(
                 raise
             failed[name] = str(error)
         if path is not None and saved is None and name in found:
-            path.parent.mkdir(parents=True, exist_ok=True)
             found[name].save(path)
         if progress:
             progress(done + 1, len(points), name)
@@ -122,12 +133,29 @@ def _as_list(name: str, values: Any) -> list[Any]:
     return chosen
 
 
-def _saved(path: Path, like: PyTree, settings: Mapping[str, Any]) -> Minimum | None:
-    """The minimum in that file, if it was made with these settings."""
-    if not path.exists():
-        return None
+def _check_writable(folder: Path) -> None:
+    """Before anything is trained.
+
+    Raises:
+        InputError: minima cannot be saved there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot save minima there: {error.strerror or error}") from error
+
+
+def _saved(path: Path, like: PyTree, settings: Mapping[str, Any]) -> Minimum:
+    """The minimum in that file, if it was made in this way."""
     minimum = Minimum.load(path, like)
-    differ = [key for key, value in settings.items() if minimum.made.get(key) != value]
+    known, wanted = minimum.made, dict(settings)
+    early = wanted.pop("early_loss")
+    del wanted["polish_steps"]  # so many were needed; how many were allowed is compared
+    differ = [key for key, value in wanted.items() if known.get(key) != value]
+    if not differ and not np.isclose(known.get("early_loss", np.nan), early, rtol=SAME_LOSS, equal_nan=True):
+        differ = ["data, network, loss or optimiser (the loss after the first iterations)"]
     if differ:
         raise InputError(f"{path}: was made with other {', '.join(differ)}; give another folder.")
     return minimum

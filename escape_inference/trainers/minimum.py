@@ -25,6 +25,8 @@ from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, r
 
 PIECE = 500
 """Iterations between two reports of progress."""
+EARLY = 10
+"""Iterations after which the loss tells how a minimum is made."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -107,7 +109,7 @@ def compiled_training(recipe: Recipe) -> Callable:
             step = step + 1
             order = recipe.renew(order, stream, step, samples)
             indices, _ = recipe.draw(stream, step, order, samples)
-            return recipe.step(state, learning_rate, inputs, targets, indices)[0], step, order
+            return recipe.step(state, learning_rate, inputs, targets, indices, stream, step)[0], step, order
 
         carry = (state, step, recipe.order(stream, step + 1, samples))
         return jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)[0]
@@ -123,13 +125,62 @@ def _compiled_descent(recipe: Recipe) -> Callable:
         def body(carry: tuple) -> tuple:
             params, done, _ = carry
             gradient = jax.grad(recipe.mean_loss)(params, inputs, targets)
-            params = jax.tree.map(lambda leaf, slope: leaf - learning_rate * slope, params, gradient)
+            move = lambda leaf, slope: leaf - learning_rate.astype(leaf.dtype) * slope
+            params = jax.tree.map(move, params, gradient)
             return params, done + 1, optax.tree.norm(gradient)
 
-        start = (params, jnp.int32(0), jnp.float32(jnp.inf))
+        start = (params, jnp.int32(0), jnp.full((), jnp.inf, jnp.result_type(*jax.tree.leaves(params))))
         return jax.lax.while_loop(lambda carry: (carry[1] < steps) & (carry[2] > gradient_norm), body, start)
 
     return jax.jit(descend)
+
+
+@lru_cache(maxsize=32)
+def _compiled_slope(recipe: Recipe) -> Callable:
+    return jax.jit(jax.value_and_grad(recipe.mean_loss))
+
+
+def how_made(
+    recipe: Recipe,
+    params: PyTree,
+    inputs: Array,
+    targets: Array,
+    *,
+    learning_rate: float,
+    steps: int,
+    seed: int,
+    loss: str | SampleLoss,
+    optimizer: OptimizerFactory | optax.GradientTransformation | None,
+    polish_steps: int,
+) -> dict[str, Any]:
+    """How a minimum is trained, as numbers and strings that JSON can hold.
+
+    ``early_loss`` is the full-batch loss after the first iterations: it tells other data, networks, losses and optimisers
+    apart, whatever they are called.
+    """
+    early, key, eta = jnp.int32(min(steps, EARLY)), root_key(seed), jnp.float32(learning_rate)
+    start = recipe.start(params, learning_rate)
+    state = compiled_training(recipe)(start, jnp.int32(0), early, key, eta, inputs, targets)
+    return {
+        "learning_rate": float(learning_rate),
+        "batch_size": recipe.batch_size,
+        "steps": int(steps),
+        "seed": int(seed),
+        "with_replacement": recipe.with_replacement,
+        "loss": _name(loss),
+        "optimizer": "sgd" if optimizer is None else _name(optimizer),
+        "polish_at_most": int(polish_steps),
+        "polish_steps": 0,
+        "early_loss": float(_compiled_slope(recipe)(state[0], inputs, targets)[0]),
+    }
+
+
+def _name(given: Any) -> str:
+    """What a function or an optimiser is called, as far as it has a name."""
+    if isinstance(given, str):
+        return given
+    given = getattr(given, "func", given)  # of a functools.partial
+    return str(getattr(given, "__qualname__", type(given).__name__))
 
 
 def train_minimum(
@@ -191,6 +242,10 @@ def train_minimum(
     inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
     check_training(learning_rate, batch_size, steps, len(inputs))
     recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
+    made = how_made(
+        recipe, params, inputs, targets, learning_rate=learning_rate, steps=steps, seed=seed, loss=loss,
+        optimizer=optimizer, polish_steps=polish_steps,
+    )  # fmt: skip
     train, key, eta = compiled_training(recipe), root_key(seed), jnp.float32(learning_rate)
     state = recipe.start(params, learning_rate)
     for begin in range(0, steps, PIECE):
@@ -200,20 +255,12 @@ def train_minimum(
             jax.block_until_ready(state)
             progress(end, steps, "training")
     params = state[0]
-    made = {
-        "learning_rate": float(learning_rate),
-        "batch_size": int(batch_size),
-        "steps": int(steps),
-        "seed": int(seed),
-        "with_replacement": bool(with_replacement),
-        "polish_steps": 0,
-    }
     if polish_steps:
         rate = jnp.float32(learning_rate if polish_learning_rate is None else polish_learning_rate)
         goal = jnp.float32(polish_gradient_norm)
         params, used, _ = _compiled_descent(recipe)(params, goal, jnp.int32(polish_steps), rate, inputs, targets)
         made |= {"polish_steps": int(used), "polish_learning_rate": float(rate)}
-    loss_minimum, gradient = jax.jit(jax.value_and_grad(recipe.mean_loss))(params, inputs, targets)
+    loss_minimum, gradient = _compiled_slope(recipe)(params, inputs, targets)
     if not bool(jnp.isfinite(loss_minimum)):
         raise InputError(
             f"training diverged: the loss is {float(loss_minimum)} after {steps} iterations at learning rate "

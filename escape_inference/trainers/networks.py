@@ -151,7 +151,12 @@ BUILT_IN: dict[str, Callable[..., Network]] = {
 
 
 def load_network(
-    name: str, data: Dataset, options: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
+    name: str,
+    data: Dataset,
+    options: Mapping[str, Any] | None = None,
+    *,
+    folder: str | Path | None = None,
+    same_shape: bool = True,
 ) -> Network:
     """Build a network by its built-in name or import path, and check that its predictions fit the targets.
 
@@ -167,6 +172,8 @@ def load_network(
         data: what it will be trained on.
         options: keyword arguments of the built-in network; of the function of a key, for an import path.
         folder: searched first for the user's module.
+        same_shape: predictions must have the shape of the targets; a loss of one's own may compare others, such as
+            scores [samples, classes] with labels [samples].
 
     Raises:
         InputError: unknown name or option, an object of none of these kinds, or predictions that do not have the shape
@@ -187,11 +194,11 @@ def load_network(
     else:
         names = ", ".join(BUILT_IN)
         raise InputError(f"network: unknown name {name!r}; use {names} or an import path my_module:my_network")
-    check_network(network, data)
+    check_network(network, data, same_shape)
     return network
 
 
-def check_network(network: Network, data: Dataset) -> None:
+def check_network(network: Network, data: Dataset, same_shape: bool = True) -> None:
     """Trace the network on the data (nothing is computed) and compare the shape of predictions and targets.
 
     Raises:
@@ -211,7 +218,7 @@ def check_network(network: Network, data: Dataset) -> None:
     if not any(leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         raise InputError(f"network: {network.name} has no floating-point parameters to train")
     shape = getattr(predictions, "shape", None)
-    if shape != data.targets.shape:
+    if shape is None or (same_shape and shape != data.targets.shape):
         got = f"predictions of shape {shape}" if shape is not None else f"a {type(predictions).__name__}"
         raise InputError(
             f"network: {network.name} gives {got} for the whole of the data, but the targets have shape "

@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
+from jaxtyping import PyTree
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.datasets import import_object
@@ -66,6 +68,31 @@ accumulator_dtype
     return _named(name, json.dumps(dict(options or {}), sort_keys=True), str(folder) if folder is not None else None)
 
 
+def check_optimizer(optimizer: OptimizerFactory | optax.GradientTransformation | None, params: PyTree) -> None:
+    """Trace one step of an optimiser (nothing is computed).
+
+    Raises:
+        InputError: it cannot make a step from parameters and gradient alone.
+
+    >>> check_optimizer(optax.lbfgs, jax.ShapeDtypeStruct((2,), float))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    escape_inference.errors.InputError: optimizer: cannot make a step from the gradient: TypeError: ...
+    """
+
+    def step(params: PyTree) -> PyTree:
+        made = resolve_optimizer(optimizer)(0.1)
+        return optax.apply_updates(params, made.update(params, made.init(params), params)[0])
+
+    try:
+        jax.eval_shape(step, params)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise InputError(
+            f"optimizer: cannot make a step from the gradient: {type(error).__name__}: {reason}"
+        ) from error
+
+
 @lru_cache(maxsize=64)
 def _named(name: str, options: str, folder: str | None) -> OptimizerFactory:
     """The same function for the same name and options, so that compiled code is found again."""
@@ -79,7 +106,7 @@ def _named(name: str, options: str, folder: str | None) -> OptimizerFactory:
             "my_module:my_optimizer of a function of the learning rate"
         )
     unknown = [key for key in chosen if key not in parameters[1:]]
-    if unknown:
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(make).parameters.values()):
         raise InputError(
             f"optimizer: {name} takes no option {', '.join(unknown)}; it takes: {', '.join(parameters[1:])}"
         )

@@ -33,7 +33,8 @@ class OutlierCount:
 
     Attributes:
         count: the most probable number n.
-        se: root mean square distance from it; NaN where there are too few eigenvalues to tell.
+        se: root mean square distance from it; NaN where there are too few eigenvalues to tell, so few that the number
+            of outliers is the largest that they allow.
         probabilities: of n = 1, 2, ...
         bulk_edge: the eigenvalue n + 1, the top of the bulk, 1/time (NaN if none is known).
         gap: eigenvalue n over the bulk's edge.
@@ -52,7 +53,7 @@ def count_outliers(eigenvalues: Float[np.ndarray, " k"]) -> OutlierCount:
     Args:
         eigenvalues: the largest of a spectrum, 1/time, converged, largest first; only the positive ones are used. About
             twenty beyond the outliers tell the bulk well. With fewer than ``LEAST_BULK + 1`` positive ones those above
-            the widest relative gap are counted, without an error.
+            the widest relative gap are counted, without an error; nor has a count one that is the largest possible.
 
     Examples:
         >>> bulk = 0.3 * np.arange(1, 21) ** -0.5
@@ -75,7 +76,7 @@ def count_outliers(eigenvalues: Float[np.ndarray, " k"]) -> OutlierCount:
     scores = np.array([_log_likelihood(spacings, int(n)) for n in candidates])
     probabilities = np.exp(scores - logsumexp(scores))
     count = int(candidates[np.argmax(probabilities)])
-    error = float(np.sqrt(probabilities @ (candidates - count) ** 2))
+    error = float(np.sqrt(probabilities @ (candidates - count) ** 2)) if count < candidates[-1] else float("nan")
     return OutlierCount(count, error, probabilities, float(positive[count]), float(np.exp(spacings[count - 1])))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.crossings import measure_crossings
@@ -46,13 +47,15 @@ Writers = dict[str, Callable[[Path], object]]
 
 @dataclass
 class World:
-    """Data and network of one or more minima, and the loss."""
+    """Data and network of one or more minima, and the loss; the optimisers that were checked and the network's sign."""
 
     data: Dataset
     network: Network
     loss: Any
     folder: Path
     trained: dict[str, Minimum] = field(default_factory=dict)
+    optimizers: set[str] = field(default_factory=set)
+    sign: str = ""
 
     @property
     def problem(self) -> tuple[Any, Any]:
@@ -80,7 +83,7 @@ def minimum_part(campaign: Campaign, spec: MinimumSpec, world: World, hessian: H
     report(0, 1, f"minimum {spec.label}")
     if campaign.finished(part) is None:
         params = world.network.init(jax.random.key(derived_seed(spec.content, "initial parameters")))
-        record: dict[str, Any] = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
+        record: dict[str, Any] = {"parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(params))}
         writers: Writers = {"record.json": record_writer(record)}
         try:
             minimum = train_minimum(
@@ -92,14 +95,13 @@ def minimum_part(campaign: Campaign, spec: MinimumSpec, world: World, hessian: H
                 seed=derived_seed(spec.content, "training"),
                 progress=report,
             )
+            writers["minimum.npz"] = minimum.save
+            data, seed = (world.network.apply, minimum, *world.problem), derived_seed(spec.content, "hessian")
+            spectrum = spectrum_record(*data, section=hessian, loss=world.loss, seed=seed)
         except InputError as error:
             record |= {"status": "failed", "note": str(error)}
         else:
-            data, seed = (world.network.apply, minimum, *world.problem), derived_seed(spec.content, "hessian")
-            record |= {"status": "trained", "note": ""} | spectrum_record(
-                *data, section=hessian, loss=world.loss, seed=seed
-            )
-            writers["minimum.npz"] = minimum.save
+            record |= {"status": "trained", "note": ""} | spectrum
         campaign.finish(part, writers | {"record.json": record_writer(record)})
     report(1, 1, f"minimum {spec.label}")
 
@@ -194,7 +196,7 @@ def crossing_part(campaign: Campaign, spec: CrossingSpec, world: World, report: 
         folder = campaign.finished(part_name("saddle", spec.saddle))
         assert folder is not None
         searched = read_record(folder)
-        if searched["chosen"] is None:
+        if searched.get("chosen") is None:
             return {"status": "no saddle", "note": searched["note"]}, {}
         way_out = Exit.load(folder / f"exit_{searched['chosen']}.npz", minimum.params)
         ratio = way_out.saddle.loss_barrier / known["loss_minimum"]
@@ -244,8 +246,7 @@ def _measured_part(
     if campaign.finished(part) is None and known["status"] == "trained":
         try:
             record, writers = measure(world.minimum(spec.minimum.label, folder), known)
-        except InputError as error:
-            kept = f"{campaign.count()} finished parts are kept"
-            raise InputError(f"{campaign.output}: {label}: {error} ({kept})") from error
+        except InputError as error:  # what cannot be measured here is no reason to lose the rest
+            record, writers = {"status": "failed", "note": str(error)}, {}
         campaign.finish(part, {"record.json": record_writer(record)} | writers)
     report(1, 1, label)

@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.engines import Engine, make_engine
+from escape_inference.trainers.escape import check_barrier
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, compiled_training, parameters_of
@@ -49,7 +50,7 @@ def measure_ramp(
     loss_barrier: float | None = None,
     jump_factor: float | None = None,
     check_interval: int = 1,
-    optimizer: OptimizerFactory | optax.GradientTransformation | None = None,
+    optimizer: OptimizerFactory | None = None,
     loss: str | SampleLoss = "mean_square",
     with_replacement: bool = True,
     seed: int = 0,
@@ -110,16 +111,17 @@ def measure_ramp(
     for level in levels[[0, -1]]:
         check_training(float(level), batch_size, steps_per_level, len(inputs))
     _check_ramp(runs, steps_per_level, check_interval, loss_barrier, jump_factor, looks)
+    if isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            "optimizer: a ready transformation keeps its own learning rate, so no ramp would reach it; "
+            "give a function of the learning rate, such as optax.adam."
+        )
     recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
     loss_minimum = float(jax.jit(recipe.mean_loss)(params, inputs, targets))
     if isinstance(minimum, Minimum):
         loss_minimum = minimum.loss_minimum
     barrier = loss_barrier if loss_barrier is not None else float(jump_factor or 0) * loss_minimum
-    if not loss_minimum < barrier < float("inf"):
-        raise InputError(
-            f"loss_barrier: {barrier:g} must be finite and above the loss at the minimum, {loss_minimum:g}."
-        )
-
+    check_barrier(barrier, loss_minimum)
     key = root_key(seed)
     engine = make_engine(
         recipe, params, runs, key, float(levels[0]), replace=False, replica_batch=None, threads=threads

@@ -45,7 +45,9 @@ def compiled_piece(recipe: Recipe) -> Callable:
             order = recipe.renew(order, stream, step, samples)
             indices, uniform = recipe.draw(stream, step, order, samples)
             inner, gate = state
-            inner, batch_loss = recipe.step(inner, world.learning_rate, world.inputs, world.targets, indices)
+            inner, batch_loss = recipe.step(
+                inner, world.learning_rate, world.inputs, world.targets, indices, stream, step
+            )
             gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * batch_loss.astype(jnp.float32)
 
             def watched(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:

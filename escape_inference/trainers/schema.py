@@ -21,6 +21,10 @@ Count = Annotated[int, Field(ge=1)]
 WholeNumber = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+FEW, MANY = 5, 30
+"""Eigenvalues that are computed for h*, and for the number of outliers, which only the bulk below them tells."""
+
+
 class Section(BaseModel):
     """A table of the file: no key but those named here, no value of another type."""
 
@@ -46,8 +50,8 @@ class OptimizerSection(NamedSection):
 class HessianSection(Section):
     """``[hessian]``: what is measured at each minimum besides its loss."""
 
-    eigenvalues: Count = 5
-    subsample: Count | None = None
+    eigenvalues: Count | None = None
+    subsample: Annotated[int, Field(ge=2)] | None = None
     effective_dimension: Literal["unknown", "parameters", "outliers"] = "unknown"
     gauss_newton: bool = False
     density_probes: WholeNumber = 0
@@ -55,17 +59,22 @@ class HessianSection(Section):
     escape_direction: Literal["top", "saddle"] = "top"
 
     @property
+    def wanted(self) -> int:
+        """How many eigenvalues: as given; else few for h* alone, and more where outliers are to be counted."""
+        return self.eigenvalues or (MANY if self.effective_dimension == "outliers" else FEW)
+
+    @property
     def content(self) -> dict[str, Any]:
         """What a minimum's spectrum depends on; options that are not used leave it as if they did not exist."""
         optional = {"gauss_newton", "density_probes", "density_iterations"}
         used = self.model_dump(include=optional, exclude_defaults=True)
-        return self.model_dump(exclude=optional | {"escape_direction"}) | used
+        return self.model_dump(exclude=optional | {"escape_direction"}) | {"eigenvalues": self.wanted} | used
 
 
 class MinimaSection(Section):
     """``[[minima]]``: a grid of training runs."""
 
-    label: str = "lr{learning_rate}_b{batch_size}_s{seed}"
+    label: Annotated[str, Field(min_length=1)] = "lr{learning_rate}_b{batch_size}_s{seed}"
     learning_rate: OneOrMany[Positive]
     batch_size: OneOrMany[Count]
     steps: OneOrMany[Count]
@@ -102,6 +111,8 @@ class EscapeSection(Section):
             raise ValueError(f"burn_in = {self.burn_in} must be [minimum, maximum]")
         if self.check_interval > self.steps:
             raise ValueError(f"check_interval = {self.check_interval} is longer than steps = {self.steps}")
+        if self.looks == "screened" and self.check_interval != 1:
+            raise ValueError("looks = 'screened' looks at every iteration: leave check_interval out")
         return self
 
 
@@ -208,6 +219,12 @@ class StudyFile(Section):
         return self
 
 
+PAIRS = {
+    "learning_rate": "a pair, [lowest, highest]",
+    "relative": "a pair, [lowest, highest]",
+    "burn_in": "a pair, [minimum, maximum]",
+}
+"""What the keys expect that hold two numbers."""
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": NamedSection,
     "network": NamedSection,
@@ -268,6 +285,10 @@ def explain(slip: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
     if slip["type"] == "missing":
         return f"{prefix}{key or 'this section'} is required"
     message = str(slip["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    if slip["type"] == "model_type" and key == "optimizer":
+        message = 'a table such as { name = "sgd", momentum = 0.9 }'
+    elif slip["type"] in ("list_type", "too_short", "too_long") and key in PAIRS:
+        message = PAIRS[key]
     if slip["type"] == "list_type" and not key:
         return f"{prefix}write this section with double brackets, [[{section}]], once for each grid"
     if not key:

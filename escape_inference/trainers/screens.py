@@ -125,7 +125,7 @@ def _compiled_pilot(recipe: Recipe) -> Callable:
             step = step + 1
             order = recipe.renew(order, stream, step, samples)
             indices, _ = recipe.draw(stream, step, order, samples)
-            state, _ = recipe.step(state, world.learning_rate, world.inputs, world.targets, indices)
+            state, _ = recipe.step(state, world.learning_rate, world.inputs, world.targets, indices, stream, step)
             return state, step, order
 
         carry = (state, step, recipe.order(stream, step + 1, samples))
@@ -165,7 +165,8 @@ def pilot_losses(
             state = origin
         if len(near) == snapshots:
             break
-    return np.asarray(met).reshape(len(met), -1), np.asarray(near).reshape(len(near), -1)
+    samples = len(world.inputs)
+    return np.asarray(met).reshape(len(met), samples), np.asarray(near).reshape(len(near), samples)
 
 
 @lru_cache(maxsize=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 from escape_inference.errors import InputError
 from escape_inference.trainers.losses import Apply, SampleLoss, sample_losses
 from escape_inference.trainers.optimizers import OptimizerFactory, resolve_optimizer
+
+NOISE = 0x6E6F6973
+"""Stream of the random numbers of an optimiser's own."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,15 @@ class Recipe:
         inputs: Array,
         targets: Array,
         indices: Int[Array, " batch"],
+        slot_key: PRNGKeyArray,
+        step: Int[Array, ""],
     ) -> tuple[tuple[PyTree, PyTree], Float[Array, ""]]:
-        """``theta <- theta - eta grad L_batch(theta)``, or what the optimiser makes of that; and L_batch before it."""
+        """``theta <- theta - eta grad L_batch(theta)``, or what the optimiser makes of that; and L_batch before it.
+
+        An optimiser that draws random numbers gets those of this slot and iteration.
+        """
         params, optimizer_state = state
+        optimizer_state = with_keys(optimizer_state, slot_key, step)
         batch_loss, gradient = jax.value_and_grad(self.mean_loss)(params, inputs[indices], targets[indices])
         updates, optimizer_state = self.optimizer(learning_rate).update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), batch_loss
@@ -87,6 +97,22 @@ class Recipe:
         return jax.lax.cond(first, lambda: make(slot_key, step, samples), lambda: order)
 
 
+def with_keys(optimizer_state: PyTree, slot_key: PRNGKeyArray, step: Int[Array, ""]) -> PyTree:
+    """The state of an optimiser with every random key in it replaced by one of this slot and iteration.
+
+    An optimiser that adds noise starts from a key of its own, the same in all replicas, which would then move alike.
+    """
+
+    def renewed(leaf: Any) -> Any:
+        if not (hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+            return leaf
+        words = jax.random.bits(jax.random.fold_in(jax.random.fold_in(slot_key, NOISE), step), (2,), jnp.uint32)
+        first = jax.random.fold_in(jax.random.key(0, impl=jax.random.key_impl(leaf)), words[0])
+        return jnp.broadcast_to(jax.random.fold_in(first, words[1]), leaf.shape)
+
+    return jax.tree.map(renewed, optimizer_state)
+
+
 def make_recipe(
     apply: Apply,
     loss: SampleLoss,
@@ -113,8 +139,14 @@ def slot_key(key: PRNGKeyArray, slot: int | Int[Array, ""]) -> PRNGKeyArray:
 
 
 def root_key(seed: int) -> PRNGKeyArray:
-    """The key of a seed; the generator is named, so that a user's JAX settings do not change the results."""
-    return jax.random.key(seed, impl="threefry2x32")
+    """The key of a seed; the generator is named, so that a user's JAX settings do not change the results.
+
+    >>> bool(jax.numpy.any(jax.random.key_data(root_key(2**40)) != jax.random.key_data(root_key(0))))
+    True
+    """
+    high, low = divmod(int(seed), 2**32)  # JAX itself drops what is beyond 32 bits
+    key = jax.random.key(low, impl="threefry2x32")
+    return jax.random.fold_in(key, high % 2**32) if high else key
 
 
 def check_training(learning_rate: float, batch_size: int, steps: int, samples: int) -> None:

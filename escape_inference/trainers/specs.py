@@ -218,8 +218,28 @@ class CrossingSpec:
         return float(f"{temperature * self.batch_size / hessian_minimum:.3g}")
 
 
+def optimizer_text(settings: Mapping[str, Any]) -> str:
+    """Return the optimiser among some settings, such as ``sgd`` or ``sgd momentum=0.9``.
+
+    >>> optimizer_text({"optimizer": {"name": "sgd", "momentum": 0.9}}), optimizer_text({})
+    ('sgd momentum=0.9', 'sgd')
+    """
+    chosen = settings.get("optimizer") or {"name": "sgd"}
+    return " ".join([chosen["name"], *(f"{key}={value}" for key, value in chosen.items() if key != "name")])
+
+
 def describe(condition: "ConditionSpec | RampSpec | SaddleSpec | CrossingSpec") -> str:
-    """Return a readable name, such as ``m1 η=0.05 B=8 c=2 quasi_stationary`` or ``m1 ramp B=8 c=50``."""
+    """Return a readable name, such as ``m1 η=0.05 B=8 c=2 quasi_stationary`` or ``m1 ramp B=8 c=50``.
+
+    What is not plain SGD with replacement says so at the end.
+    """
+    steps = optimizer_text(condition.settings)
+    unusual = [] if steps == "sgd" else [steps]
+    unusual += [] if condition.settings.get("with_replacement", True) else ["without replacement"]
+    return " ".join([_describe(condition), *unusual])
+
+
+def _describe(condition: "ConditionSpec | RampSpec | SaddleSpec | CrossingSpec") -> str:
     if isinstance(condition, SaddleSpec):
         name = "T" if condition.relative else "η"
         given = ",".join(f"{value:g}" for value in condition.learning_rates)

@@ -36,8 +36,8 @@ def spectrum_record(
         ``bulk_edge`` the eigenvalue below them and ``outlier_gap`` the ratio between; ``outliers_by_density`` counts
         the eigenvalues above the middle of that gap by stochastic quadrature.
     """
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(minimum.params))
-    k = min(section.eigenvalues, parameters)
+    parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(minimum.params))
+    k = min(section.wanted, parameters)
     settings: dict[str, Any] = {"subsample": section.subsample, "loss": loss, "seed": seed}
     spectrum = top_hessian(apply, minimum, inputs, targets, k=k, **settings)
     counted = spectrum.counted
@@ -45,11 +45,11 @@ def spectrum_record(
     dimensions = {
         "unknown": (None, None),
         "parameters": (parameters, None),
-        "outliers": (max(counted.count, 1), error),
+        "outliers": (None, None) if error is None else (counted.count, error),
     }
     dimension, dimension_se = dimensions[section.effective_dimension]
     record = {
-        "note": _note(spectrum),
+        "note": _note(spectrum, section),
         "loss_minimum": float(minimum.loss_minimum),
         "gradient_norm": float(minimum.gradient_norm),
         "hessian_minimum": float(spectrum.top),
@@ -106,7 +106,10 @@ def spectrum_table(minimum: str, record: dict[str, Any]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _note(spectrum: HessianSpectrum) -> str:
+def _note(spectrum: HessianSpectrum, section: HessianSection) -> str:
+    if section.effective_dimension == "outliers" and np.isnan(spectrum.counted.se):
+        known = f"{len(spectrum.eigenvalues)} eigenvalues do not tell how many are outliers"
+        return f"{known}: effective_dimension is left empty; raise eigenvalues"
     if not spectrum.converged[0]:
         return "the top Hessian eigenvalue did not converge"
     missing = int((~spectrum.converged).sum())

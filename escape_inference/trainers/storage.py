@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from escape_inference.errors import InputError
 
+SIGN = "network or loss"
+"""What tells an edited network or loss, in the identity of a campaign."""
 CAMPAIGN = "campaign.json"
 Writer = Callable[[Path], object]
 
@@ -140,6 +142,10 @@ def _check_same(output: Path, content: Mapping[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{output}: cannot resume: it has no readable {CAMPAIGN}; give another folder") from error
     changed = [key for key in content["identity"] if before.get(key) != content["identity"][key]]
+    if (
+        len(changed) > 1 and SIGN in changed
+    ):  # it is taken on the data, and means nothing on other data or another study
+        changed.remove(SIGN)
     if changed:
         raise InputError(
             f"{output}: cannot resume: the {' and the '.join(changed)} changed since this campaign began; "

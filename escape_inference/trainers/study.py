@@ -46,7 +46,8 @@ A study names data and a network, how to train the minima, and under which condi
 ``optimizer = { name = "sgd", momentum = 0.9 }`` in any of the last four takes the place of plain SGD: a name of optax
 or an import path. Instead of ``learning_rate``, an ``[[escape]]`` may give ``temperature`` T: then η = T B/h* at each minimum, to three
 digits. ``[[saddles]]`` looks for the lowest saddle by which each minimum is left, and times the escapes over it, in rows
-whose ``barrier`` is ``saddle``. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too). Everything random
+whose ``barrier`` is ``saddle``. ``data`` inside ``[[minima]]`` overrides options of ``[data]`` (a list is a grid there too; in a label the
+seed of the data is ``{data_seed}``). Everything random
 is derived from what a piece of the study *is* (its values and the seed), never from where it stands in the file or when
 it runs.
 """
@@ -139,6 +140,7 @@ def read_study(path: str | Path, *, seed: int | None = None) -> Study:
                 raise InputError(f"[[minima]]: {contents[spec.identity]} and {spec.label} are the same minimum twice")
             if spec.label in labels:
                 remedy = 'name what differs, for example label = "lr{learning_rate}_b{batch_size}_s{seed}"'
+                remedy += "; {data_seed} is the seed of the data" if "seed" in spec.data_options else ""
                 raise InputError(f"[[minima]]: two minima have the label {spec.label}; {remedy}")
             contents[spec.identity] = spec.label
             labels.add(spec.label)
@@ -182,11 +184,16 @@ def _minima(file: StudyFile, section: MinimaSection) -> Iterator[MinimumSpec]:
     for options in _grid(overrides):
         data_options = file.data.options | options
         for point in _grid({key: getattr(section, key) for key in ("learning_rate", "batch_size", "steps", "seed")}):
+            hidden = {f"data_{key}": value for key, value in data_options.items() if key in point}
+            known = data_options | hidden | point
             try:
-                label = section.label.format(**data_options | point)
-            except (KeyError, IndexError, ValueError) as error:
-                known = ", ".join(data_options | point)
-                raise InputError(f"[[minima]]: label = {section.label!r} can use {{...}} of: {known}") from error
+                label = section.label.format(**known)
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+                raise InputError(
+                    f"[[minima]]: label = {section.label!r} can use {{...}} of: {', '.join(known)}"
+                ) from error
+            if not label.strip():
+                raise InputError(f"[[minima]]: label = {section.label!r} gives an empty name")
             settings = (
                 {key: point[key] for key in ("learning_rate", "batch_size", "steps")}
                 | {

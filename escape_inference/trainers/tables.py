@@ -18,6 +18,7 @@ from escape_inference.trainers.specs import (
     RampSpec,
     SaddleSpec,
     describe,
+    optimizer_text,
 )
 from escape_inference.trainers.spectra import LISTS, spectrum_table
 from escape_inference.trainers.storage import Campaign
@@ -43,6 +44,8 @@ COLUMNS = [
     "hessian_saddle_se",
 ]
 SpecOfPart = MinimumSpec | ConditionSpec | RampSpec | SaddleSpec | CrossingSpec
+USUAL = {"optimizer": "sgd", "with_replacement": True}
+"""Columns of how steps are made, left out of a table in which nothing else occurs."""
 NEGLIGIBLE = 1e-3
 """A relative standard error of h* below this is left out of the table (it is in ``minima.csv``)."""
 
@@ -170,7 +173,7 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
         if folder is not None and record["status"] == "measured":
             label = {"minimum": name, "condition": describe(condition), "learning_rate": record["learning_rate"]}
             trends.append(pd.read_csv(folder / "trend.csv").assign(**label))
-            rows.append(_rows(folder, name, known))
+            rows.append(_rows(folder, condition, known))
     rows += _write_ramps(campaign, plan, known)
     _write_saddles(campaign, plan, known)
     _write_csv(campaign, "minima.csv", pd.DataFrame(minima))
@@ -181,8 +184,24 @@ def write_tables(campaign: Campaign, plan: Study) -> Path:
     if trends:
         _write_csv(campaign, "trends.csv", pd.concat(trends, ignore_index=True))
     if not rows:
-        raise InputError(f"{campaign.output}: nothing gave a usable run; minima.csv and conditions.csv say why")
+        raise InputError("\n".join([f"{campaign.output}: nothing gave a usable run:", *remarks_on(campaign.output)]))
     return _write_measurements(campaign, pd.concat(rows, ignore_index=True))
+
+
+def remarks_on(output: Path, most: int = 10) -> list[str]:
+    """What a reader of a finished campaign must know: parts that were not measured, and what the others are wary of."""
+    remarks: list[str] = []
+    for name, label in (("minima", "minimum"), ("conditions", "condition"), ("ramps", "ramp"), ("saddles", "saddle")):
+        if not (path := output / f"{name}.csv").exists():
+            continue
+        table = pd.read_csv(path).drop_duplicates(label)
+        for _, row in table.iterrows():
+            note = "" if pd.isna(row.get("note")) else str(row["note"])
+            usual = row["status"] in ("trained", "measured", "found")
+            if note or not usual:
+                remarks.append(f"{row[label]}: {': '.join(filter(None, ['' if usual else row['status'], note]))}")
+    more = len(remarks) - most
+    return remarks[:most] + ([f"... and {more} more; see the notes in the tables of {output}"] if more > 0 else [])
 
 
 def _turn_to_saddles(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any]]) -> None:
@@ -203,10 +222,15 @@ def _turn_to_saddles(campaign: Campaign, plan: Study, known: dict[str, dict[str,
         }
 
 
-def _rows(folder: Path, minimum: str, known: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """The rows of a finished part, with what is known of its minimum."""
-    covariates = _known(known[minimum], COVARIATES)
-    return pd.read_parquet(folder / "rows.parquet").assign(minimum=minimum, **covariates)
+def _rows(
+    folder: Path, spec: ConditionSpec | RampSpec | CrossingSpec, known: dict[str, dict[str, Any]]
+) -> pd.DataFrame:
+    """The rows of a finished part, with what is known of its minimum, and how its batches and steps were made."""
+    name = spec.minimum.label
+    known_here: dict[str, Any] = {"minimum": name, **_known(known[name], COVARIATES)}
+    how: dict[str, Any] = {"optimizer": optimizer_text(spec.settings)}
+    how["with_replacement"] = spec.settings["with_replacement"]
+    return pd.read_parquet(folder / "rows.parquet").assign(**known_here, **how)
 
 
 def _known(record: dict[str, Any], names: list[str]) -> dict[str, float]:
@@ -231,10 +255,10 @@ def _write_ramps(campaign: Campaign, plan: Study, known: dict[str, dict[str, Any
             | {"gradient_descent_limit": 2 / known[name].get("hessian_top", covariates["hessian_minimum"])}
             | record
         )
-        if folder is not None:
+        if folder is not None and record["status"] == "measured":
             own = pd.read_parquet(folder / "critical.parquet")
             critical.append(own.assign(**label, **covariates)[[*label, *own.columns, *covariates]])
-            rows.append(_rows(folder, name, known))
+            rows.append(_rows(folder, spec, known))
     if ramps:
         _write_csv(campaign, "ramps.csv", pd.DataFrame(ramps))
     if critical:
@@ -309,6 +333,9 @@ def _write_measurements(campaign: Campaign, table: pd.DataFrame) -> Path:
         table = table.drop(columns="hessian_minimum_se")
     for column in ("effective_dimension", "effective_dimension_se"):
         if table[column].isna().all():
+            table = table.drop(columns=column)
+    for column, usual in USUAL.items():
+        if (table[column] == usual).all():
             table = table.drop(columns=column)
     first = [column for column in COLUMNS if column in table]
     table = table[first + [column for column in table if column not in first]]
