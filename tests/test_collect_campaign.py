@@ -312,3 +312,12 @@ def test_the_spectrum_of_a_study_gives_the_effective_dimension_with_its_error(tm
     parts = {part: own["eigenvalue"].to_numpy() for part, own in spectra.groupby("part")}
     assert parts["hessian"] == pytest.approx(parts["gauss_newton"], rel=1e-3), "a linear network has no curvature"
     assert parts["hessian"][0] == pytest.approx(table["hessian_minimum"].iloc[0])
+
+
+def test_too_few_eigenvalues_leave_the_dimension_empty_and_say_so(study: Path, tmp_path: Path) -> None:
+    text = STUDY.replace('effective_dimension = "parameters"', 'effective_dimension = "outliers"\neigenvalues = 1')
+    (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+    table = pd.read_parquet(collect(tmp_path / "study.toml", tmp_path / "out", progress=False))
+    assert "effective_dimension" not in table
+    notes = pd.read_csv(tmp_path / "out" / "minima.csv")["note"]
+    assert notes.str.contains("do not tell how many are outliers").all()

@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from escape_inference.conditions import aggregate
 from escape_inference.errors import InputError
 from escape_inference.trainers import parts as parts_module
 from escape_inference.trainers import storage
 from escape_inference.trainers.collect import collect
+from escape_inference.trainers.datasets import load_data
 
 STUDY = """
 [data]
@@ -95,6 +97,16 @@ def without_privileges() -> Iterator[None]:
             'loss = "huber"\n[data]',
             "loss = 'huber': must be 'mean_square', 'logistic', 'cross_entropy' or an import path",
         ),
+        ("[data]", 'loss = "math:pi"\n[data]', "loss = 'math:pi': is a float, not a function"),
+        ("[data]", 'loss = "spoiled_network:index"\n[data]', "the loss does not accept this data: IndexError"),
+        ("[[minima]]", "[hessian]\nsubsample = 301\n[[minima]]", "subsample = 301 is more than the 300 samples"),
+        ('looks = "exact"', 'looks = "screened"', "looks = 'screened' needs at least 1024 samples, the data have 300"),
+        ("replicas = 8", 'replicas = 8\noptimizer = { name = "lbfgs" }', "optimizer: cannot make a step from the grad"),
+        (
+            "replicas = 8",
+            'replicas = 8\noptimizer = { name = "sgd", momentum = "high" }',
+            "optimizer: cannot make a step from the gradient: TypeError",
+        ),
     ],
 )
 def test_a_bad_study_is_refused_before_any_training(
@@ -105,6 +117,7 @@ def test_a_bad_study_is_refused_before_any_training(
     )
     (tmp_path / "spoiled_network.py").write_text(
         "import jax\ncolumn = (lambda key: jax.random.normal(key, (1, 1)), lambda params, x: x @ params)\n"
+        "def index(prediction, target):\n    return [prediction][7]\n"
     )
     assert old in STUDY
     study.write_text(STUDY.replace(old, new, 1), encoding="utf-8")
@@ -174,6 +187,75 @@ def test_data_that_changed_are_refused_on_resume(study: Path) -> None:
     np.save(numbers, np.random.default_rng(2).standard_normal((100, 2)))
     with pytest.raises(InputError, match="cannot resume: the data changed since this campaign began"):
         collect(study, study.parent / "out", resume=True, progress=False)
+
+
+def test_a_network_that_was_edited_is_refused_on_resume(study: Path) -> None:
+    module = study.parent / "network_in_a_file.py"
+    text = "import jax\nnetwork = (lambda key: jax.random.normal(key, (1,)), lambda w, x: x @ w)\n"
+    module.write_text(text)
+    study.write_text(STUDY.replace('name = "linear"', 'name = "network_in_a_file:network"'), encoding="utf-8")
+    collect(study, study.parent / "out", progress=False)
+    module.write_text(text.replace("x @ w", "2.0 * x @ w"))
+    with pytest.raises(InputError, match="cannot resume: the network or loss changed since this campaign began"):
+        collect(study, study.parent / "out", resume=True, progress=False)
+
+
+def test_modules_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same_name.py").write_text(f"def data():\n    return [[{value}], [0.5]], [0.0, 1.0]\n")
+    found = [load_data("same_name:data", folder=tmp_path / name).inputs[0, 0] for name in ("one", "two", "one")]
+    assert found == [1.0, 2.0, 1.0]
+
+
+def test_a_condition_that_cannot_be_measured_does_not_lose_the_others(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study.parent / "exact_fit.py").write_text(
+        "import numpy as np\ndef data(noise=1.0):\n    r = np.random.default_rng(0)\n"
+        "    x = r.normal(size=(300, 1))\n    return x, noise * r.normal(size=300)\n"
+    )
+    text = STUDY.replace('"linear_regression"\nsamples = 300', '"exact_fit:data"')
+    text = text.replace('label = "m"', 'label = "n{noise}"\ndata = { noise = [0.0, 1.0] }').replace(
+        "steps = 50\n", "steps = 5000\n"
+    )
+    study.write_text(text, encoding="utf-8")
+    path = collect(study, study.parent / "out", progress=False)
+    conditions = pd.read_csv(study.parent / "out" / "conditions.csv")
+    assert conditions.groupby("minimum")["status"].unique().str[0].to_dict() == {"n0.0": "failed", "n1.0": "measured"}
+    assert set(pd.read_parquet(path)["minimum"]) == {"n1.0"}
+    told = capsys.readouterr().err
+    assert "n0.0 η=0.1 B=2 c=1.3 quasi_stationary: failed: loss_barrier: 0 must be finite and above" in told
+
+
+def test_steps_made_in_different_ways_are_different_conditions(study: Path) -> None:
+    second = STUDY[STUDY.index("[[escape]]") :]
+    third = second.replace('looks = "exact"', 'looks = "exact"\noptimizer = { name = "sgd", momentum = 0.5 }')
+    study.write_text(STUDY + second + "with_replacement = false\n" + third, encoding="utf-8")
+    table = pd.read_parquet(collect(study, study.parent / "out", progress=False))
+    assert set(table["optimizer"]) == {"sgd", "sgd momentum=0.5"}
+    assert set(table["with_replacement"]) == {True, False}
+    frame = aggregate(table).frame
+    assert len(frame) == 6
+    assert frame["escapes"].sum() == table["escaped"].sum()
+    assert frame["condition"].is_unique
+    named = pd.read_csv(study.parent / "out" / "conditions.csv")["condition"]
+    assert named.is_unique
+    assert named.str.endswith("without replacement").sum() == named.str.endswith("sgd momentum=0.5").sum() == 2
+
+
+def test_a_loss_of_ones_own_may_compare_scores_with_labels(study: Path) -> None:
+    (study.parent / "classes.py").write_text(
+        "import jax, numpy as np\ndef data():\n    r = np.random.default_rng(0)\n"
+        "    x = r.normal(size=(300, 2))\n    return x, (x[:, 0] + r.normal(size=300) > 0).astype(float)\n"
+        "scores = (lambda key: jax.random.normal(key, (2, 3)), lambda w, x: x @ w)\n"
+        "def loss(score, label):\n    return -jax.nn.log_softmax(score)[label.astype(int)]\n"
+    )
+    text = STUDY.replace('"linear_regression"\nsamples = 300', '"classes:data"').replace('"linear"', '"classes:scores"')
+    text = text.replace("threshold = 1.3", "threshold = 1.05").replace("[0.1, 0.2]", "[2.0, 3.0]")
+    study.write_text('loss = "classes:loss"\n' + text, encoding="utf-8")
+    collect(study, study.parent / "out", progress=False)
+    assert pd.read_csv(study.parent / "out" / "minima.csv")["loss_minimum"].iloc[0] == pytest.approx(0.55, abs=0.1)
 
 
 @pytest.mark.usefixtures("no_training")
