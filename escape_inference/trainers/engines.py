@@ -50,11 +50,15 @@ def make_engine(
     replace: bool,
     replica_batch: int | None,
     threads: int | None,
+    keep_left: bool = False,
 ) -> Engine:
-    """Lanes for a small model, separate replicas for a network."""
+    """Lanes for a small model, separate replicas for a network; ``keep_left``: rounds hold the states of escapes."""
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     if size <= FEW_PARAMETERS:
-        return Lanes(recipe, params, replicas, key, learning_rate, replace=replace, replica_batch=replica_batch)
+        return Lanes(
+            recipe, params, replicas, key, learning_rate, replace=replace, replica_batch=replica_batch,
+            keep_left=keep_left,
+        )  # fmt: skip
     if threads is None:
         threads = len(processors())
     return Replicas(

@@ -23,7 +23,7 @@ from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, parameters_of
 from escape_inference.trainers.optimizers import OptimizerFactory
-from escape_inference.trainers.process import Process, Progress, UnstableMinimum
+from escape_inference.trainers.process import AFTERWARDS, Process, Progress, UnstableMinimum, afterwards
 from escape_inference.trainers.record import TREND_BINS, Condition, EscapeRecord, Outcome, make_record
 from escape_inference.trainers.screens import FEWEST, choose_screens, pilot_losses
 from escape_inference.trainers.sgd import check_training, make_recipe, root_key
@@ -56,6 +56,7 @@ def measure_escape(
     replica_batch: int | None = None,
     burn_in: tuple[int, int] | None = None,
     looks: str = "auto",
+    follow_steps: int = 0,
     hessian_minimum: float | None = None,
     run_prefix: str = "",
     threads: int | None = None,
@@ -86,6 +87,9 @@ def measure_escape(
         burn_in: least and most iterations before the rows begin (quasi-stationary start only). None: a quarter of
             ``steps``, and ``steps``.
         looks: ``exact``, ``screened``, or ``auto``: screened where that is estimated to be cheaper.
+        follow_steps: every run that escaped is followed for so many iterations more, and the column ``afterwards`` says
+            whether its loss then ``stayed`` above the barrier, ``returned`` below or ``diverged`` (``unknown`` where too
+            many escaped at once).
         hessian_minimum: h*, 1/time, for the rows and for the check of the interval of looks.
         run_prefix: put before every ``run``.
         threads: replicas advanced at the same time; None: as many as processors.
@@ -120,6 +124,8 @@ def measure_escape(
     if isinstance(minimum, Minimum):
         loss_minimum = minimum.loss_minimum
     check_barrier(loss_barrier, loss_minimum)
+    if int(follow_steps) != follow_steps or follow_steps < 0:
+        raise InputError(f"follow_steps: must be a whole number, 0 or more, got {follow_steps}.")
     steps -= steps % check_interval
     eta, barrier = jnp.float32(learning_rate), jnp.float32(loss_barrier)
     world = World(inputs, targets, eta, barrier, jnp.int32(1), jnp.int32(check_interval), None, None)
@@ -134,6 +140,7 @@ def measure_escape(
         replace=quasi_stationary,
         replica_batch=replica_batch,
         threads=threads,
+        keep_left=follow_steps > 0,
     )
     screens = None
     if check_interval == 1 and (looks == "screened" or (looks == "auto" and len(inputs) >= FEWEST)):
@@ -148,6 +155,11 @@ def measure_escape(
     test: dict[str, float] = {}
     if quasi_stationary:
         burnt, test, settled = process.burn_in(burn_in or (steps // 4, steps), check_interval)
+    if follow_steps:
+        streams = jax.random.fold_in(key, AFTERWARDS)
+        process.follow = lambda state, number: afterwards(
+            recipe, state, world, jax.random.fold_in(streams, number), follow_steps
+        )
     process.measure(burnt + steps)
     condition = Condition(
         float(learning_rate),

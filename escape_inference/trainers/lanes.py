@@ -32,6 +32,8 @@ from escape_inference.trainers.sgd import Recipe, slot_key
 
 CAPACITY = 4096
 """Full looks of one round that are kept."""
+LEFT = 512
+"""Escapes of one round whose states are kept, where they are to be followed."""
 LONGEST = 256
 """Iterations of one round."""
 MEMORY = 2**30
@@ -39,10 +41,11 @@ MEMORY = 2**30
 
 
 @lru_cache(maxsize=32)
-def compiled_round(recipe: Recipe, replace: bool, together: int | None) -> Callable:
-    """``(states, alive, step, end, key, world) -> (states, alive, step, extinct, history, tally, records)``.
+def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_left: bool) -> Callable:
+    """``(states, alive, step, end, key, world) -> (states, alive, step, extinct, history, tally, records, left)``.
 
-    ``together`` lanes at a time compute the full loss (None: all).
+    ``together`` lanes at a time compute the full loss (None: all). ``left`` holds the states of the first escapes at their
+    crossing, in order, if ``keep_left``.
     """
 
     def look_at_lanes(
@@ -110,8 +113,14 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None) -> Calla
             rows = jnp.stack([jnp.full(lanes, step, jnp.float32), slots.astype(jnp.float32), *seen], axis=1)
             return records.at[place].set(rows, mode="drop"), cursor + jnp.sum(kept, dtype=jnp.int32)
 
+        def put_left(new: PyTree, escaped: Bool[Array, " r"], left: tuple) -> tuple:
+            room, count = left
+            place = jnp.where(escaped, count + jnp.cumsum(escaped) - 1, LEFT)
+            room = jax.tree.map(lambda kept, now: kept.at[place].set(now, mode="drop"), room, new)
+            return room, count + jnp.sum(escaped, dtype=jnp.int32)
+
         def body(carry: tuple) -> tuple:
-            states, alive, step, _, order, tally, records, cursor, history = carry
+            states, alive, step, _, order, tally, records, cursor, history, left = carry
             step = step + 1
             order = recipe.renew(order, streams, step, samples)
             indices, uniform = draw(streams, step, order, samples)
@@ -128,21 +137,36 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None) -> Calla
                 jnp.any(kept), lambda: keep(records, cursor, seen, kept, step), lambda: (records, cursor)
             )
             history = history.at[step - begin - 1].set(escaped)
+            if keep_left:
+                left = jax.lax.cond(jnp.any(escaped), put_left, lambda new, escaped, left: left, new, escaped, left)
             extinct = jnp.all(escaped) & replace
             if replace:
                 new = jax.lax.cond(jnp.any(escaped), lambda: replace_lanes(new, escaped, streams, step), lambda: new)
             else:
                 alive = alive & ~escaped
-            return new, alive, step, extinct, order, tally, records, cursor, history
+            return new, alive, step, extinct, order, tally, records, cursor, history, left
 
         orders = jax.vmap(recipe.order, (0, None, None))
         order = None if recipe.with_replacement else orders(streams, step + 1, samples)
         records = jnp.full((CAPACITY, RECORD), jnp.nan, jnp.float32)
         history = jnp.zeros((LONGEST, lanes), bool)
-        carry = (states, alive, step, jnp.array(False), order, Tally.zero((lanes,)), records, jnp.int32(0), history)
+        room = jax.tree.map(lambda leaf: jnp.zeros((LEFT, *leaf.shape[1:]), leaf.dtype), states) if keep_left else ()
+        left = room, jnp.int32(0)
+        carry = (
+            states,
+            alive,
+            step,
+            jnp.array(False),
+            order,
+            Tally.zero((lanes,)),
+            records,
+            jnp.int32(0),
+            history,
+            left,
+        )
         carry = jax.lax.while_loop(lambda c: (c[2] < end) & ~c[3] & jnp.any(c[1]), body, carry)
-        states, alive, step, extinct, _, tally, records, _, history = carry
-        return states, alive, step, extinct, history, tally, records
+        states, alive, step, extinct, _, tally, records, _, history, left = carry
+        return states, alive, step, extinct, history, tally, records, left[0]
 
     return jax.jit(round_)
 
@@ -183,12 +207,14 @@ class Lanes:
         *,
         replace: bool,
         replica_batch: int | None = None,
+        keep_left: bool = False,
     ) -> None:
         self.key, self.replicas, self.step = key, replicas, 0
         start = recipe.start(params, learning_rate)
         self.states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *jnp.shape(leaf))), start)
         self.alive = jnp.ones(replicas, bool)
         self._recipe, self._replace, self._most = recipe, replace, replica_batch or replicas
+        self._keep_left = keep_left
 
     def running(self) -> bool:
         return bool(jnp.any(self.alive))
@@ -207,15 +233,19 @@ class Lanes:
         """
         begin = self.step
         together = min(self._most, max(1, MEMORY // loss_memory(self._recipe, self.state_of(0)[0], world)))
-        round_ = compiled_round(self._recipe, self._replace, together if together < self.replicas else None)
+        fewer = together if together < self.replicas else None
+        round_ = compiled_round(self._recipe, self._replace, fewer, self._keep_left)
         result = round_(self.states, self.alive, jnp.int32(begin), jnp.int32(end), self.key, world)
-        self.states, self.alive, step, extinct, history, tally, records = result
+        self.states, self.alive, step, extinct, history, tally, records, room = result
         if bool(extinct):
             raise Extinct(int(step))
         self.step = end
         records = np.asarray(records)
+        escapes = [(begin + 1 + int(row), int(slot)) for row, slot in np.argwhere(np.asarray(history))]
+        left = [jax.tree.map(lambda leaf: leaf[place], room) if place < LEFT else None for place in range(len(escapes))]  # noqa: B023
         return Round(
-            escapes=[(begin + 1 + int(row), int(slot)) for row, slot in np.argwhere(np.asarray(history))],
+            escapes=escapes,
+            left=tuple(left) if self._keep_left else (),
             tally=jax.tree.map(np.asarray, tally),
             records=records[np.isfinite(records[:, 0])],
         )

@@ -118,6 +118,12 @@ def compiled_training(recipe: Recipe) -> Callable:
 
 
 @lru_cache(maxsize=32)
+def compiled_loss(recipe: Recipe) -> Callable:
+    """``(params, inputs, targets) -> full-batch loss``, compiled."""
+    return jax.jit(recipe.mean_loss)
+
+
+@lru_cache(maxsize=32)
 def _compiled_descent(recipe: Recipe) -> Callable:
     def descend(
         params: PyTree, gradient_norm: Array, steps: Array, learning_rate: Array, inputs: Array, targets: Array

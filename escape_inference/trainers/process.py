@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
 
 from escape_inference.errors import InputError
 from escape_inference.trainers.burn_in import BurnIn
 from escape_inference.trainers.engines import Engine
 from escape_inference.trainers.looks import World
+from escape_inference.trainers.minimum import compiled_loss, compiled_training
 from escape_inference.trainers.rounds import Extinct, Round
 from escape_inference.trainers.screens import Screens
+from escape_inference.trainers.sgd import Recipe
 
+AFTERWARDS = 0x61667465
+"""Stream of the random numbers of a run after its escape."""
 BURN_IN_ROUNDS = 16
 """Least number of rounds in the longest burn-in, for its tests to have something to compare."""
 
@@ -19,6 +28,16 @@ Progress = Callable[[int, int, str], None]
 
 class UnstableMinimum(InputError):
     """No replica survived: at this learning rate the minimum does not hold SGD, so it has no escape rate."""
+
+
+def afterwards(recipe: Recipe, state: PyTree, world: World, stream: PRNGKeyArray, steps: int) -> str:
+    """Where the loss of a run that escaped is some iterations later: ``returned`` below the barrier, ``stayed`` or ``diverged``."""
+    numbers = jnp.int32(0), jnp.int32(steps), stream, world.learning_rate
+    state = compiled_training(recipe)(state, *numbers, world.inputs, world.targets)
+    loss = float(compiled_loss(recipe)(state[0], world.inputs, world.targets))
+    if not math.isfinite(loss):
+        return "diverged"
+    return "stayed" if loss > float(world.barrier) else "returned"
 
 
 class Process:
@@ -36,6 +55,8 @@ class Process:
         self.loss_minimum = loss_minimum
         self.engine, self.world, self.screens, self.progress, self.steps = engine, world, screens, progress, steps
         self.rounds: list[Round] = []
+        self.follow: Callable[[PyTree, int], str] | None = None
+        """What becomes of a run that escaped, from its state at the crossing and the number of the escape."""
         self.escaped, self.replica_steps = 0, 0
         self.burnt = 0
 
@@ -79,10 +100,19 @@ class Process:
         self.burnt = self.engine.step
         return self.burnt, record.test(), record.settled()
 
+    def _followed(self, done: Round) -> tuple[str, ...] | None:
+        if self.follow is None:
+            return None
+        before = sum(len(earlier.escapes) for earlier in self.rounds)
+        return tuple(
+            "unknown" if state is None else self.follow(state, before + place) for place, state in enumerate(done.left)
+        )
+
     def measure(self, end: int) -> None:
         """Advance to iteration ``end``, keeping every round."""
         while self.engine.step < end and self.engine.running():
-            self.rounds.append(self._advance(min(self.engine.step + self._length(), end)))
+            done = self._advance(min(self.engine.step + self._length(), end))
+            self.rounds.append(replace(done, left=(), afterwards=self._followed(done)))
             if self.progress:
                 escapes = sum(len(done.escapes) for done in self.rounds)
                 self.progress(self.engine.step - self.burnt, self.steps, f"{escapes} escapes")

@@ -23,9 +23,9 @@ from escape_inference.trainers.engines import Engine, make_engine
 from escape_inference.trainers.escape import check_barrier
 from escape_inference.trainers.looks import World
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
-from escape_inference.trainers.minimum import Minimum, compiled_training, parameters_of
+from escape_inference.trainers.minimum import Minimum, parameters_of
 from escape_inference.trainers.optimizers import OptimizerFactory
-from escape_inference.trainers.process import Process, Progress
+from escape_inference.trainers.process import AFTERWARDS, Process, Progress, afterwards
 from escape_inference.trainers.ramp_record import RampRecord, critical_median, ramp_tables, ramp_warnings
 from escape_inference.trainers.record import Condition
 from escape_inference.trainers.screens import FEWEST, Screens, choose_screens, pilot_losses
@@ -33,8 +33,6 @@ from escape_inference.trainers.sgd import Recipe, check_training, make_recipe, r
 
 LOOKS_A_LEVEL = 4
 """Scheduled full losses of every run in a level, which the running loss is made of."""
-AFTERWARDS = 0x61667465
-"""Stream of the random numbers of a run after its jump."""
 
 
 def measure_ramp(
@@ -174,13 +172,9 @@ def _afterwards(
     if jump is None:
         return "none"
     last = (jump - 1) // steps
+    there = world._replace(learning_rate=jnp.float32(levels[last]), barrier=jnp.float32(barriers[last]))
     stream = jax.random.fold_in(jax.random.fold_in(key, AFTERWARDS), slot)
-    numbers = jnp.int32(0), jnp.int32(steps), stream, jnp.float32(levels[last])
-    state = compiled_training(recipe)(engine.state_of(slot), *numbers, world.inputs, world.targets)
-    loss = float(jax.jit(recipe.mean_loss)(state[0], world.inputs, world.targets))
-    if not np.isfinite(loss):
-        return "diverged"
-    return "stayed" if loss > barriers[last] else "returned"
+    return afterwards(recipe, engine.state_of(slot), there, stream, steps)
 
 
 def _check_ramp(

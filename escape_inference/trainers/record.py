@@ -132,19 +132,23 @@ def make_rows(condition: Condition, outcome: Outcome) -> pd.DataFrame:
     """One row for each gap between escapes of a slot (from the minimum: for each slot), the unfinished censored."""
     times: list[list[tuple[int, bool]]] = [[] for _ in range(outcome.replicas)]
     ended = [(step, slot, True) for step, slot in outcome.escapes()]
+    asked = any(done.afterwards is not None for done in outcome.rounds)
+    words = [word for done in outcome.rounds for word in done.afterwards or ()]
+    became = {(slot, step): word for (step, slot, _), word in zip(ended, words, strict=asked)}
     for step, slot, escaped in sorted(ended + [(step, slot, False) for step, slot in outcome.elsewhere]):
         times[slot].append((step, escaped))
     quasi_stationary = condition.start == "quasi_stationary"
-    rows = []
+    followed = lambda word: {"afterwards": word} if asked else {}
+    rows: list[dict[str, Any]] = []
     for slot, own in enumerate(times):
         last = outcome.begin
         for gap, (step, escaped) in enumerate(own):
             name = f"{slot:03d}-{gap:04d}" if quasi_stationary else f"{slot:03d}"
-            rows.append(condition.row(name, step - last, escaped))
+            rows.append(condition.row(name, step - last, escaped) | followed(became.get((slot, step), "")))
             last = step
         if last < outcome.end and (quasi_stationary or not own):
             name = f"{slot:03d}-{len(own):04d}" if quasi_stationary else f"{slot:03d}"
-            rows.append(condition.row(name, outcome.end - last, False))
+            rows.append(condition.row(name, outcome.end - last, False) | followed(""))
     return pd.DataFrame(rows)
 
 

@@ -196,8 +196,12 @@ class Replicas:
 
     def _round(self, pieces: list[list[_Piece]]) -> Round:
         tallies = [Tally.merge([piece.tally for piece in own]) for own in pieces]
+        left = sorted(
+            ((p.end, slot, p) for slot, own in enumerate(pieces) for p in own if p.escaped), key=lambda e: e[:2]
+        )
         return Round(
-            escapes=sorted((p.end, slot) for slot, own in enumerate(pieces) for p in own if p.escaped),
+            escapes=[(end, slot) for end, slot, _ in left],
+            left=tuple(piece.state[0] for _, _, piece in left),
             tally=jax.tree.map(lambda *xs: np.asarray(xs), *tallies),
             records=np.concatenate([p.records for own in pieces for p in own] or [np.empty((0, RECORD))]),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import PyTree
 
 from escape_inference.trainers.looks import Tally
 
@@ -22,8 +23,14 @@ class Extinct(Exception):
 
 @dataclass(frozen=True)
 class Round:
-    """Escapes as (iteration, slot) in order, sums for each slot, and the full looks kept (see ``looks.RECORD``)."""
+    """Escapes as (iteration, slot) in order, sums for each slot, and the full looks kept (see ``looks.RECORD``).
+
+    ``left`` is the state of each escape at its crossing, where the engine keeps it (None where there was no room);
+    ``afterwards`` what became of each (None: nobody followed them).
+    """
 
     escapes: list[tuple[int, int]]
     tally: Tally
     records: np.ndarray
+    left: tuple[PyTree, ...] = ()
+    afterwards: tuple[str, ...] | None = None

@@ -102,6 +102,7 @@ class EscapeSection(Section):
     optimizer: OptimizerSection | None = None
     burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
     looks: Literal["auto", "exact", "screened"] = "auto"
+    follow_steps: WholeNumber = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> "EscapeSection":

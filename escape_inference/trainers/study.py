@@ -25,6 +25,7 @@ A study names data and a network, how to train the minima, and under which condi
     threshold = [2.0, 3.0]             # c: a run has escaped when the full-batch loss exceeds c times L*
     replicas = 24
     steps = 3000
+    follow_steps = 500                 # the column afterwards: is a run that escaped back below the barrier by then? (default: 0)
 
     [[ramps]]
     relative = [0.05, 1.5]             # lowest and highest learning rate over 2/h*; or learning_rate = [0.005, 0.2]
@@ -220,6 +221,7 @@ def _conditions(section: EscapeSection, place: int, minima: Sequence[MinimumSpec
     settings = section.model_dump(
         include={"replicas", "steps", "check_interval", "with_replacement", "burn_in", "looks"}
     ) | _optimizer(section)
+    settings |= {"follow_steps": section.follow_steps} if section.follow_steps else {}
     choices: dict[str, Sequence[Any]] = {
         "learning_rate": section.learning_rate or [None],
         "temperature": section.temperature or [None],

@@ -334,6 +334,8 @@ def _write_measurements(campaign: Campaign, table: pd.DataFrame) -> Path:
     for column in ("effective_dimension", "effective_dimension_se"):
         if table[column].isna().all():
             table = table.drop(columns=column)
+    if "afterwards" in table:
+        table = table.fillna({"afterwards": ""})
     for column, usual in USUAL.items():
         if (table[column] == usual).all():
             table = table.drop(columns=column)
