@@ -152,6 +152,14 @@ def compare(
     print(f"Results: {output}")
 
 
+def _keys(asked: bool) -> None:
+    if asked:
+        from escape_inference.trainers.schema import keys_text
+
+        print(keys_text())
+        raise typer.Exit
+
+
 @app.command()
 def collect(
     study: Annotated[Path, typer.Argument(help="Study file (TOML): network, data, minima, conditions.")],
@@ -159,6 +167,10 @@ def collect(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a campaign that was stopped.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="In place of the study's own seed.")] = None,
     quiet: Quiet = False,
+    keys: Annotated[
+        bool,
+        typer.Option("--keys", help="Print every key that a study may hold, and exit.", callback=_keys, is_eager=True),
+    ] = False,
 ) -> None:
     """Measure: train minima, run the replicas, write OUTPUT/measurements.parquet.
 

@@ -22,7 +22,7 @@ def snippets(language):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    for name, text in zip(("compare.py", "my_study.py", "my_law.py"), snippets("python"), strict=True):
+    for name, text in zip(("compare.py", "my_study.py", "measure.py", "my_law.py"), snippets("python"), strict=True):
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "study.toml").write_text(*snippets("toml"), encoding="utf-8")
     return folder
@@ -54,6 +54,13 @@ def test_the_study_measures_the_network_of_the_user(folder):
     assert done.returncode == 0, done.stderr
     table = read_measurements(folder / "measured" / "measurements.parquet")
     assert table["escaped"].any()
+
+
+def test_the_trainers_measure_a_table_from_python(folder):
+    done = run(sys.executable, "measure.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "critical learning rate" in done.stdout
+    assert read_measurements(folder / "measured.csv")["escaped"].any()
 
 
 def test_the_law_of_the_user_is_loaded_from_its_file(folder):

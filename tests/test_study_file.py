@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from escape_inference.cli import app
 from escape_inference.errors import InputError
+from escape_inference.trainers import schema
 from escape_inference.trainers.specs import derived_seed, describe
 from escape_inference.trainers.study import read_study
 
@@ -205,3 +207,39 @@ def test_options_of_the_data_can_be_a_grid_of_the_minima(tmp_path: Path) -> None
 def test_the_studies_that_ship_are_valid(name: str) -> None:
     study = read_study(Path(__file__).parent.parent / "scripts" / "studies" / f"{name}.toml")
     assert study.measured
+
+
+def test_every_key_is_explained_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        app(["collect", "--keys"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for section, model in schema.SECTIONS.items():
+        for name, field in model.model_fields.items():
+            if section not in ("data", "network"):
+                assert field.description and f"{field.description}" in text, (section, name)
+    assert 'escape_direction = "top"' in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 100", 'steps = 100\noptimizer = "adam"', "optimizer = 'adam': must be a table such as { name"),
+        ("steps = 100", "steps = 100\nburn_in = [5]", r"burn_in = \[5\]: must be a pair, \[minimum, maximum\]"),
+        ("steps = 100", 'steps = 100\nlooks = "screened"\ncheck_interval = 2', "looks at every iteration"),
+        ('label = "m{learning_rate}"', 'label = ""', "label = ''"),
+        ('label = "m{learning_rate}"', 'label = "{learning_rate.x}"', "can use {...} of"),
+    ],
+)
+def test_other_slips_are_told_in_words(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(InputError, match=message):
+        read_study(write(tmp_path, GOOD.replace(old, new, 1)))
+
+
+def test_the_seed_of_the_data_can_stand_in_a_label(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        'label = "m{learning_rate}"', 'label = "m{learning_rate}_{data_seed}"\ndata = { seed = [0, 1] }'
+    )
+    labels = [spec.label for spec in read_study(write(tmp_path, text)).minima]
+    assert labels == ["m0.1_0", "m0.2_0", "m0.1_1", "m0.2_1"]

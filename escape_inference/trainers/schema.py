@@ -1,10 +1,11 @@
 """The sections of a study file: which keys there are, what they may hold, and what to say about the rest."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,7 +29,7 @@ FEW, MANY = 5, 30
 class Section(BaseModel):
     """A table of the file: no key but those named here, no value of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class NamedSection(BaseModel):
@@ -51,12 +52,19 @@ class HessianSection(Section):
     """``[hessian]``: what is measured at each minimum besides its loss."""
 
     eigenvalues: Count | None = None
+    """how many of the largest eigenvalues; by default 5, and 30 where outliers are to be counted"""
     subsample: Annotated[int, Field(ge=2)] | None = None
+    """use so many random samples instead of all"""
     effective_dimension: Literal["unknown", "parameters", "outliers"] = "unknown"
+    """n in the table: left out, the number of parameters, or the number of outliers with its error"""
     gauss_newton: bool = False
+    """the eigenvalues of the Gauss-Newton part, too"""
     density_probes: WholeNumber = 0
+    """random vectors for the density of the whole spectrum; 0: none"""
     density_iterations: Count = 60
+    """Lanczos iterations for each of them"""
     escape_direction: Literal["top", "saddle"] = "top"
+    """h* in the table: the largest eigenvalue, or the curvature towards the saddle of [[saddles]]"""
 
     @property
     def wanted(self) -> int:
@@ -75,34 +83,58 @@ class MinimaSection(Section):
     """``[[minima]]``: a grid of training runs."""
 
     label: Annotated[str, Field(min_length=1)] = "lr{learning_rate}_b{batch_size}_s{seed}"
+    """name of each minimum; {learning_rate}, {batch_size}, {steps}, {seed} and options of the data are filled in"""
     learning_rate: OneOrMany[Positive]
+    """η of the training"""
     batch_size: OneOrMany[Count]
+    """B of the training"""
     steps: OneOrMany[Count]
+    """SGD iterations"""
     seed: OneOrMany[WholeNumber] = [0]
+    """of initial parameters and batches"""
     with_replacement: bool = True
+    """draw every batch anew; false: go through the data in epochs"""
     optimizer: OptimizerSection | None = None
+    """in place of plain SGD: a name of optax or my_module:my_optimizer, with options"""
     polish_steps: WholeNumber = 0
+    """most iterations of full-batch gradient descent afterwards"""
     polish_learning_rate: Positive | None = None
+    """their learning rate; by default that of the training"""
     data: dict[str, Any] = {}
+    """options of [data] that differ for these minima"""
 
 
 class EscapeSection(Section):
     """``[[escape]]``: a grid of conditions, for every minimum named."""
 
     minima: OneOrMany[str] = ["*"]
+    """labels, or patterns with *"""
     learning_rate: OneOrMany[Positive] | None = None
+    """η; or"""
     temperature: OneOrMany[Positive] | None = None
+    """η h*/B, from which η follows at each minimum"""
     batch_size: OneOrMany[Count]
+    """B"""
     threshold: OneOrMany[AboveOne]
+    """c: a run has escaped when the full-batch loss exceeds c L*"""
     replicas: Annotated[int, Field(ge=2)]
+    """runs side by side"""
     steps: Count
+    """iterations of each, after the burn-in"""
     start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
+    """where the clock starts"""
     check_interval: Count = 1
+    """iterations between two looks at the loss"""
     with_replacement: bool = True
+    """draw every batch anew; false: go through the data in epochs"""
     optimizer: OptimizerSection | None = None
+    """in place of plain SGD, as in [[minima]]"""
     burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
+    """[least, most] iterations before the clock starts; by default [steps/4, steps]"""
     looks: Literal["auto", "exact", "screened"] = "auto"
+    """full loss at every look (exact), behind cheap estimates (screened), or whichever costs less"""
     follow_steps: WholeNumber = 0
+    """follow each run that escaped for so long; the column afterwards says whether it returned or stayed"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "EscapeSection":
@@ -121,18 +153,31 @@ class RampSection(Section):
     """``[[ramps]]``: the learning rate raised level by level, for every minimum named."""
 
     minima: OneOrMany[str] = ["*"]
+    """labels, or patterns with *"""
     learning_rate: Bounds | None = None
+    """[lowest, highest] η; or"""
     relative: Bounds | None = None
+    """the same over 2/h* of each minimum"""
     levels: Annotated[int, Field(ge=2)]
+    """how many learning rates"""
     spacing: Literal["geometric", "linear"] = "geometric"
+    """of the levels"""
     steps_per_level: Count
+    """iterations at each"""
     batch_size: OneOrMany[Count]
+    """B"""
     threshold: OneOrMany[AboveOne] | None = None
+    """a run has jumped above so many L*; or"""
     jump_factor: OneOrMany[AboveOne] | None = None
+    """above so many times the running loss"""
     runs: Count
+    """ramps side by side, each with random numbers of its own"""
     check_interval: Count = 1
+    """iterations between two looks; divides steps_per_level"""
     with_replacement: bool = True
+    """draw every batch anew; false: go through the data in epochs"""
     optimizer: OptimizerSection | None = None
+    """in place of plain SGD, as in [[minima]]"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RampSection":
@@ -156,30 +201,55 @@ class SaddleSection(Section):
     """``[[saddles]]``: the lowest saddle by which SGD leaves each minimum named, and escape times over it."""
 
     minima: OneOrMany[str] = ["*"]
+    """labels, or patterns with *"""
     search_learning_rate: OneOrMany[Positive] | None = None
+    """η of runs that are to leave the minimum; or"""
     search_temperature: OneOrMany[Positive] | None = None
+    """their η h*/B"""
     search_batch_size: Count | None = None
+    """their B; by default the smallest of batch_size"""
     search_runs: Count = 16
+    """runs at each"""
     search_steps: Count = 5000
+    """most iterations of each"""
     threshold: AboveOne = 10.0
+    """they stop above so many L*"""
     descent_steps: Count = 20_000
+    """most iterations of the descents from where they stopped"""
     candidates: Count = 4
+    """most minima to which a saddle is sought"""
     images: Annotated[int, Field(ge=3)] = 15
+    """points of the path between two minima"""
     path_iterations: Count = 300
+    """descents of the path"""
     refine_iterations: Count = 100
+    """most steps from its top to the saddle"""
     gradient_norm: Positive = 1e-4
+    """below which a minimum or a saddle is reached"""
     learning_rate: OneOrMany[Positive] | None = None
+    """η of the escapes that are timed; or"""
     temperature: OneOrMany[Positive] | None = None
+    """their η h*/B; or"""
     barrier_over_temperature: OneOrMany[Positive] | None = None
+    """log(L^s/L*) over that"""
     batch_size: OneOrMany[Count]
+    """their B"""
     replicas: Annotated[int, Field(ge=2)]
+    """runs side by side"""
     steps: Count
+    """iterations of each, after the burn-in"""
     check_interval: Count = 100
+    """iterations between two looks at which side of the saddle a run is"""
     look_steps: Count = 500
+    """most iterations of the descent that tells"""
     start: OneOrMany[Literal["quasi_stationary", "minimum"]] = ["quasi_stationary"]
+    """where the clock starts"""
     with_replacement: bool = True
+    """draw every batch anew; false: go through the data in epochs"""
     optimizer: OptimizerSection | None = None
+    """in place of plain SGD, as in [[minima]]"""
     burn_in: Annotated[list[WholeNumber], Field(min_length=2, max_length=2)] | None = None
+    """[least, most] iterations before the clock starts; by default [steps/4, steps]"""
 
     @model_validator(mode="after")
     def _consistent(self) -> "SaddleSection":
@@ -201,10 +271,15 @@ class StudyFile(Section):
     """The whole file."""
 
     title: str = ""
+    """in words"""
     seed: WholeNumber = 0
+    """of everything random"""
     loss: str = "mean_square"
+    """mean_square, logistic, cross_entropy, or my_module:my_loss, a function (prediction, target) of one sample"""
     data: NamedSection
+    """name: mnist_two_class, linear_regression, or my_module:my_data, a function that returns (inputs, targets)"""
     network: NamedSection
+    """name: multilayer_perceptron, convolutional, linear, or my_module:my_network: (init, apply), equinox or flax"""
     hessian: HessianSection = HessianSection()
     minima: Annotated[list[MinimaSection], Field(min_length=1)]
     escape: list[EscapeSection] = []
@@ -257,6 +332,41 @@ def read_file(path: Path, *, seed: int | None = None) -> StudyFile:
     except ValidationError as error:
         lines = dict.fromkeys(explain(dict(slip), raw) for slip in error.errors())
         raise InputError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+
+def keys_text() -> str:
+    """Every key that a study may hold, section by section, with what it may be and what it means.
+
+    >>> print(keys_text().splitlines()[3])
+      seed = 0                        of everything random
+    """
+    lines = ["Keys of a study; those without a value must be given, and lists of values are grids.", ""]
+    sections: dict[str, type[BaseModel]] = {"": StudyFile, **SECTIONS}
+    for section, model in sections.items():
+        if section in ("data", "network"):
+            continue
+        double = section in ("minima", "escape", "ramps", "saddles")
+        lines += ["", f"[[{section}]]" if double else f"[{section}]"] if section else []
+        for name, field in model.model_fields.items():
+            if not section and name in SECTIONS and not field.description:
+                continue
+            shown = name if field.is_required() else _shown(name, field.default)
+            lines.append(f"  {shown:31} {field.description}{_choices(field.annotation)}")
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None or value == {}:
+        return f"{name} (optional)"
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return f"{name} = {json.dumps(value)}"
+
+
+def _choices(annotation: Any) -> str:
+    """The words that a key may hold, if only some may."""
+    if get_origin(annotation) is Literal:
+        return f" ({', '.join(get_args(annotation))})"
+    return next((found for inner in get_args(annotation) if (found := _choices(inner))), "")
 
 
 def explain(slip: Mapping[str, Any], raw: Mapping[str, Any]) -> str:
