@@ -151,7 +151,7 @@ def main(here: Reproduction) -> Sequence[Claim]:
     )
     table = table.drop(columns=[c for c in UNKNOWN if c in table])
     fixed = table["start"] == "quasi_stationary"
-    short = {"draws": 400, "warmup": 250} if here.quick else {"draws": 500, "warmup": 500}
+    short = {"draws": 500, "warmup": 300} if here.quick else {"draws": 500, "warmup": 500}
     laws = RAMP_LAWS[:2] if here.quick else RAMP_LAWS
     ramps = ei.compare(table[~fixed].reset_index(drop=True), laws, **short)
     found = {name: ramps.report["laws"][name]["critical_learning_rates"] for name in laws}

@@ -36,9 +36,9 @@ def compared(folder):
         "--output",
         "out",
         "--draws",
-        300,
+        500,
         "--warmup",
-        200,
+        300,
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr

@@ -125,12 +125,12 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
     world = World(noise="loss", dimension=2, barrier="threshold")
     table = simulate_sde(world, make_design(world, minima=4, learning_rates=3, runs=20, seed=1), seed=1)
     prepared = inference.prepare(table)
-    problem = inference.build_problem(load_law("power_law"), prepared)
+    problem = inference.build_problem(load_law("power_law"), prepared, draws=500, warmup=300)
     assert 0 < spline_error(problem, problem.particles) < inference.TABLE_TOLERANCE
     blurred = {start: spline.coarser().coarser() for start, spline in problem.inputs.passage.items()}
     blurred = focus(dataclasses.replace(problem, inputs=dataclasses.replace(problem.inputs, passage=blurred)))
     assert spline_error(blurred, problem.particles) > inference.TABLE_TOLERANCE
-    fits = [inference.fit_law(one, seed=0, draws=1000, warmup=500, chains=4) for one in (problem, blurred)]
+    fits = [inference.fit_law(one, seed=0, draws=500, warmup=300, chains=4) for one in (problem, blurred)]
     assert fits[0].problem.inputs.passage is not None
     assert fits[1].problem.inputs.passage is None
     assert all(fit.convergence.trustworthy for fit in fits)
@@ -153,8 +153,8 @@ def test_a_law_with_a_kink_is_sampled_itself_because_no_table_follows_it():
         temperature=lambda values, setting: setting.diffusion_scale,
         log_rate=lambda values, setting: usual - 5 * jnp.abs(values["bend"]) + 0 * setting.diffusion_scale,
     )
-    problem = inference.build_problem(law, prepared)
-    fit = inference.fit_law(problem, seed=0, draws=1000, warmup=500, chains=4)
+    problem = inference.build_problem(law, prepared, draws=500, warmup=300)
+    fit = inference.fit_law(problem, seed=0, draws=500, warmup=300, chains=4)
     assert fit.problem.target.inputs.surrogate is None
     assert fit.convergence.trustworthy
     bend = fit.sites["bend"]

@@ -40,7 +40,7 @@ def test_points_of_the_noise_exponent_family_agree_with_bridge_sampling_of_the_l
         parameters=family.parameters[1:],
         log_rate=lambda values, setting: family.log_rate({**values, "noise_exponent": 0.0}, setting),
     )
-    laws = compare(table, [family, "power_law", frozen], draws=300, warmup=300).report["laws"]
+    laws = compare(table, [family, "power_law", frozen], draws=500, warmup=300).report["laws"]
     for name, point in (("power_law", "noise_exponent=1"), ("frozen_noise", "noise_exponent=0")):
         whole, held = laws["noise_exponent"], laws[name]
         assert whole["evidence_methods_agree"] and held["evidence_methods_agree"]
