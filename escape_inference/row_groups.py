@@ -54,11 +54,17 @@ def ramp_codes(table: pd.DataFrame) -> tuple[Bool[np.ndarray, "row"], Int[np.nda
     Rows of one run (the same ``minimum``, ``run``, ``batch_size``, ``barrier``, ``loss_barrier``) that started at the
     minimum are one ramp when there are several of them. Gaps of a replica slot (``start`` quasi-stationary) are not.
 
+    A ramp that jumped at its first level has one row. Runs of one row at the first level of other ramps are such ramps when
+    all of them escaped while those ramps held that level; if one went on for longer, or did not escape, they are runs at a
+    fixed learning rate. Told apart, the runs of that level would be sorted by whether they escaped.
+
     >>> from escape_inference.table import read_measurements
     >>> table = read_measurements(pd.DataFrame({
     ...     "minimum": "m1", "run": [1, 1, 2], "learning_rate": [0.05, 0.06, 0.05], "batch_size": 8,
     ...     "steps": [500, 20, 300], "escaped": [False, True, True]}))
     >>> ramp_codes(table)[0].tolist()
+    [True, True, True]
+    >>> ramp_codes(read_measurements(table.assign(steps=[500, 20, 700])))[0].tolist()
     [True, True, False]
     """
     names = np.full(len(table), -1, dtype=np.int64)
@@ -71,10 +77,25 @@ def ramp_codes(table: pd.DataFrame) -> tuple[Bool[np.ndarray, "row"], Int[np.nda
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if repeated.size:
             inside = pd.Series(key).duplicated(keep=False).to_numpy()
+            inside = inside | _jumped_at_first_level(part, key, inside)
             found = np.full(len(part), -1, dtype=np.int64)
             found[inside] = pd.factorize(key[inside])[0]
             names[from_minimum] = found
     return names >= 0, names
+
+
+def _jumped_at_first_level(
+    part: pd.DataFrame, key: Int[np.ndarray, "row"], inside: Bool[np.ndarray, "row"]
+) -> Bool[np.ndarray, "row"]:
+    """Runs of one row that are ramps, among rows from the minimum; ``inside`` are rows of runs with several."""
+    names = ("minimum", "batch_size", "barrier", "loss_barrier", "check_interval", "learning_rate")
+    place = pd.factorize(combined_codes(*(part[name] for name in names)))[0]
+    steps, first = part["steps"].to_numpy(), inside & ~pd.Series(key).duplicated().to_numpy()
+    held = np.zeros(place.max() + 1, dtype=np.int64)  # iterations at each first level, 0 at other settings
+    np.maximum.at(held, place[first], steps[first])
+    fixed = np.zeros(len(held), dtype=bool)
+    fixed[place[~inside & ~(part["escaped"].to_numpy() & (steps <= held[place]))]] = True
+    return ~inside & ~fixed[place]
 
 
 def _codes(column: Any) -> tuple[np.ndarray, int]:

@@ -115,6 +115,26 @@ def test_levels_of_a_ramp_are_conditions_of_their_own() -> None:
     assert conditions.n_escapes == 4
 
 
+def test_runs_that_jump_at_the_first_level_of_a_ramp_are_counted_with_those_that_survived_it() -> None:
+    levels = runs([500, 500, 40], [False, False, True], learning_rate=[0.01, 0.02, 0.03], run="a")
+    early = runs([60, 500], learning_rate=0.01, run=["b", "c"])
+    frame = aggregate(pd.concat([levels, early])).frame
+    assert frame[["learning_rate", "ramp"]].to_numpy().tolist() == [[0.01, True], [0.02, True], [0.03, True]]
+    assert frame[["runs", "starts", "escapes"]].to_numpy().tolist() == [[3, 3, 2], [1, 0, 0], [1, 0, 1]]
+    assert frame["exposure"].tolist() == pytest.approx([10.6, 10.0, 1.2])
+
+
+@pytest.mark.parametrize(("steps", "escaped"), [([60, 501], [True, True]), ([60, 500], [True, False])])
+def test_runs_at_a_fixed_learning_rate_stay_apart_from_the_first_level_of_a_ramp(
+    steps: list[int], escaped: list[bool]
+) -> None:
+    levels = runs([500, 500, 40], [False, False, True], learning_rate=[0.01, 0.02, 0.03], run="a")
+    fixed = runs(steps, escaped, learning_rate=0.01, run=["b", "c"])
+    frame = aggregate(pd.concat([levels, fixed])).frame
+    assert frame["ramp"].tolist() == [True, True, True, False]
+    assert frame["escapes"].tolist() == [0, 0, 1, sum(escaped)]
+
+
 def test_gaps_of_a_slot_count_as_one_run_and_not_as_a_ramp() -> None:
     gaps = runs([30, 50, 70, 20, 90], [True, True, False, True, False], run=[1, 1, 1, 2, 2], start="quasi_stationary")
     conditions = aggregate(gaps)
