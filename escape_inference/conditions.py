@@ -42,7 +42,8 @@ class Conditions:
             ``effective_dimension`` (NaN where not measured) and their ``_se`` (0 where not given); ``runs`` (for gaps
             of replica slots: the slots), ``starts`` (runs that begin here; a ramp begins at its first level),
             ``escapes``, ``exposure`` Σ η·steps over all rows, ``exposure_before`` the part of it before the intervals
-            that hold the escapes, ``look_width`` η·check_interval; exposures and widths in time units.
+            that hold the escapes, ``look_width`` η·check_interval; exposures and widths in time units;
+            ``longest`` iterations of the longest row.
         times: long form, a few rows for each condition: ``condition`` (position in ``frame``), ``lower``, ``upper``
             (iterations; ``escapes`` runs escaped in ``(lower, upper]``), ``escapes``, ``censored`` (runs that ended
             without an escape at ``upper``).
@@ -147,6 +148,7 @@ def aggregate(table: pd.DataFrame) -> Conditions:
     _add_exposures(frame, table, codes)
     steps, escaped = table["steps"].to_numpy(), table["escaped"].to_numpy()
     intervals = _count_equal(codes, steps, escaped)
+    frame["longest"] = intervals.groupby("condition")["steps"].max().to_numpy()
     check_interval = frame["check_interval"].to_numpy()
     testable = ~frame["ramp"].to_numpy() & (frame["exposure_before"].to_numpy() > 0)
     rate = _geometric_rate(frame)

@@ -38,6 +38,7 @@ DESCRIPTIONS = {
     "hessian_minimum": ("1/time", "h*, curvature at the minimum along the escape direction"),
     "escapes": ("count", "escapes of the condition"),
     "exposure": ("time", "Σ η·steps over all runs of the condition"),
+    "longest": ("iterations", "steps of the longest run of the condition"),
     "learning_rate": ("time per iteration", "η"),
     "batch_size": ("samples", "B"),
     "loss_barrier": ("loss", "L^s, loss at the saddle or threshold"),
@@ -80,6 +81,7 @@ def to_tree(
             "hessian_saddle",
             "runs",
             "exposure",
+            "longest",
         )
     }
     constant |= {

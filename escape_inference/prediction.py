@@ -129,13 +129,14 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
     for key, levels in frame.groupby(keys, dropna=False, sort=False):
         levels = levels.sort_values("learning_rate")
         eta, runs, escapes = (levels[name].to_numpy(float) for name in ("learning_rate", "runs", "escapes"))
-        held = float(np.round((levels["exposure"] / (levels["learning_rate"] * levels["runs"])).max()))
         chance = rng.beta(np.maximum(escapes, 1e-9), np.maximum(runs - escapes, 1e-9), size=(2000, len(eta)))
         chance = np.where(escapes == 0, 0.0, np.where(escapes == runs, 1.0, chance))
         measured = _crossing(eta, np.minimum(-np.log1p(-np.minimum(chance, 1 - 1e-15)), 30.0))
         step = eta[-1] / eta[-2] if len(eta) > 1 else 1.3
         grid = np.concatenate([eta, eta[-1] * step ** np.arange(1, EXTENSION + 1)])
         base = [int(levels.index[0])] * len(grid)
+        held = _held(levels)
+        held = np.concatenate([held, np.repeat(held[-1], EXTENSION)])
         hazard = np.exp(np.minimum(predict_log_rates(law, fit, base, grid, seed=seed), 50.0)) * grid * held
         predicted = _crossing(grid, hazard)
         row = {"minimum": key[0], "batch_size": key[1], "runs": int(runs.max()), "jumped": int(escapes.sum())}
@@ -148,6 +149,19 @@ def critical_learning_rates(law: str | Path | Law, fit: xr.DataTree, *, seed: in
             row |= {name: middle, f"{name}_q05": low, f"{name}_q95": high}
         rows.append(row | {"gradient_descent_limit": float(2 / np.median(_curvature(fit, base[0])))})
     return pd.DataFrame(rows)
+
+
+def _held(levels: pd.DataFrame) -> Float[np.ndarray, " level"]:
+    """Iterations for which each level of a ramp is held, as the runs that survived it show.
+
+    Where every run jumped, the level was held at least as long as the longest run, and otherwise like the level before it.
+
+    >>> _held(pd.DataFrame({"runs": [9, 7, 4], "escapes": [2, 3, 4], "longest": [5000, 200, 90]})).tolist()
+    [5000.0, 200.0, 200.0]
+    """
+    survived, longest = (levels["runs"] > levels["escapes"]).to_numpy(), levels["longest"].to_numpy(float)
+    before = pd.Series(np.where(survived, longest, np.nan)).ffill().to_numpy()
+    return np.where(survived, longest, np.fmax(longest, before))
 
 
 def _crossing(eta: Float[np.ndarray, " level"], hazard: Float[np.ndarray, "draw level"]) -> Float[np.ndarray, " draw"]:
