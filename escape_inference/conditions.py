@@ -249,7 +249,7 @@ def _add_exposures(frame: pd.DataFrame, table: pd.DataFrame, codes: np.ndarray) 
     learning_rate, interval = frame["learning_rate"].to_numpy(), frame["check_interval"].to_numpy()
     total = np.bincount(codes, weights=steps, minlength=count)
     held = codes[escaped]
-    last = np.bincount(held, weights=np.minimum(steps[escaped], interval[held]), minlength=count)
+    last = np.bincount(held, weights=interval[held], minlength=count)
     frame["escapes"] = np.bincount(held, minlength=count)
     frame["exposure"] = learning_rate * total
     frame["exposure_before"] = learning_rate * (total - last)

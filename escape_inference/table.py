@@ -196,6 +196,12 @@ def _check_rules(source: str, table: pd.DataFrame) -> None:
         source, "loss_barrier", high <= low, table["loss_barrier"], "must be above loss_minimum",
         "Give the loss at the saddle or the threshold, not that of the minimum",
     )  # fmt: skip
+    early = table["escaped"].to_numpy() & (table["check_interval"].to_numpy() > table["steps"].to_numpy())
+    refuse(
+        source, "check_interval", early, table["check_interval"],
+        "must be at most steps where the run escaped: the escape lies in (steps − check_interval, steps]",
+        "Give the iterations between the last two looks at the loss, and the steps up to the look that found the escape",
+    )  # fmt: skip
     _check_minima(source, table)
     _check_ramps(source, table)
     if not table["escaped"].any():

@@ -148,10 +148,12 @@ def test_few_distinct_times_are_kept_exactly() -> None:
     assert times[["condition", "lower", "upper", "escapes", "censored"]].to_numpy().astype(int).tolist() == expected
 
 
-def test_an_escape_before_the_first_look_lies_above_zero() -> None:
-    conditions = aggregate(runs([4, 30]))
-    assert conditions.times["lower"].tolist() == [0.0, 20.0]
-    assert conditions.frame["exposure_before"].iloc[0] == pytest.approx(0.05 * 20)
+def test_an_escape_before_the_first_look_is_refused_and_a_run_censored_there_is_not() -> None:
+    with pytest.raises(InputError, match=r"column 'check_interval', row 1 \(value 10\): must be at most steps"):
+        aggregate(runs([4, 30]))
+    conditions = aggregate(runs([10, 4, 30], [True, False, True]))
+    assert conditions.times["lower"].tolist() == [0.0, 0.0, 20.0]
+    assert conditions.frame["exposure_before"].iloc[0] == pytest.approx(0.05 * 24)
 
 
 def test_many_distinct_times_are_joined_into_64_intervals_that_touch() -> None:

@@ -87,6 +87,7 @@ SPOILED: dict[str, tuple[pd.DataFrame, str, list[int], str]] = {
     "empty minimum": (changed("minimum", [3], None), "minimum", [3], "required"),
     "empty run": (changed("run", [3, 5], None), "run", [3, 5], "required"),
     "check interval zero": (changed("check_interval", [2], 0), "check_interval", [2], "whole number"),
+    "look before the start": (good_table().assign(check_interval=121), "check_interval", [1, 2, 3], "at most steps"),
     "unknown barrier": (changed("barrier", [6], "wall"), "barrier", [6], "'saddle' or 'threshold'"),
     "unknown start": (changed("start", [6, 8], "anywhere"), "start", [6, 8], "'minimum' or 'quasi_stationary'"),
     "negative loss": (changed("loss_minimum", [5, 6, 7, 8], -1.0), "loss_minimum", [5, 6, 7, 8], "above 0"),
@@ -257,7 +258,7 @@ def test_the_digest_is_that_of_the_file_and_changes_with_the_content(tmp_path: P
     result = read_measurements(path)
     assert result.attrs["path"] == str(path)
     assert result.attrs["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    frames = [read_measurements(good_table()), read_measurements(good_table().assign(steps=7))]
+    frames = [read_measurements(good_table()), read_measurements(good_table().assign(steps=17))]
     assert frames[0].attrs["sha256"] != frames[1].attrs["sha256"]
     assert frames[0].attrs["sha256"] == read_measurements(good_table()).attrs["sha256"]
 
