@@ -118,6 +118,9 @@ def test_a_posterior_file_opens_with_arviz_and_has_every_group(power_at_saddles,
     assert groups >= GROUPS
     posterior = xr.open_datatree(path, engine="h5netcdf")["posterior"].to_dataset()
     assert posterior.sizes["condition"] == 30
+    constant = xr.open_datatree(path, engine="h5netcdf")["constant_data"]
+    assert list(posterior["minimum"].to_numpy()) == list(constant["minimum"].to_numpy())
+    assert list(posterior["minimum"].to_numpy()) == list(dict.fromkeys(constant["condition_minimum"].to_numpy()))
     assert {"temperature", "log_barrier", "log_rate", "discrepancy", "temperature_scale"} <= set(posterior.data_vars)
     assert posterior["temperature"].attrs["units"]
     scale = power_at_saddles.fits["power_law"].posterior["temperature_scale"]
