@@ -168,18 +168,32 @@ def threshold_log_rate(
 
 def typical_noise_strength(frame: pd.DataFrame) -> float:
     """Geometric mean of ``h* sqrt(L* L^s)`` over the conditions: the noise of the power law half-way up a typical barrier."""
-    with np.errstate(invalid="ignore"):
-        logs = np.log(frame["hessian_minimum"]) + 0.5 * np.log(frame["loss_minimum"] * frame["loss_barrier"])
-    logs = logs[np.isfinite(logs)]
-    return float(np.exp(logs.mean())) if len(logs) else 1.0
+    return _geometric_mean(frame, lambda part: np.log(part["hessian_minimum"]) + _log_loss(part))
 
 
 def typical_loss(frame: pd.DataFrame) -> float:
     """Geometric mean of ``sqrt(L* L^s)`` over the conditions."""
-    with np.errstate(invalid="ignore"):
-        logs = 0.5 * np.log(frame["loss_minimum"] * frame["loss_barrier"])
-    logs = logs[np.isfinite(logs)]
-    return float(np.exp(logs.mean())) if len(logs) else 1.0
+    return _geometric_mean(frame, _log_loss)
+
+
+def _log_loss(frame: pd.DataFrame) -> Any:
+    return 0.5 * np.log(frame["loss_minimum"] * frame["loss_barrier"])
+
+
+def _geometric_mean(frame: pd.DataFrame, log: Callable[[pd.DataFrame], Any]) -> float:
+    """Over the conditions where all is measured, or else over all, with the centres of the priors for what is not.
+
+    These are those of the model: L* a factor e below L^s (1 if neither is known) and h* the typical one. They follow the units.
+    """
+    logs = log(frame).dropna()
+    if logs.empty:
+        low = frame["loss_minimum"].fillna(frame["loss_barrier"] / np.e).fillna(1.0)
+        high, curvature = (
+            frame["loss_barrier"].fillna(low * np.e),
+            frame["hessian_minimum"].fillna(typical_curvature(frame)),
+        )
+        logs = log(frame.assign(loss_minimum=low, loss_barrier=high, hessian_minimum=curvature))
+    return float(np.exp(logs.mean()))
 
 
 def typical_curvature(frame: pd.DataFrame) -> float:

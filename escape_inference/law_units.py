@@ -54,11 +54,12 @@ def rescaled_settings(setting: Setting, time: float, loss: float) -> Setting:
 def median_in_units(parameter: Parameter, frame: pd.DataFrame, time: float, loss: float) -> tuple[float, float]:
     """A prior's median for the conditions in other units, and what it should be by the parameter's unit.
 
-    A median that is a plain number is taken to be known in the units of the data.
+    A median that is a plain number is taken to be known in the units of the data; so is every median if no loss is measured.
     """
     here = parameter.median_for(frame)
     if not callable(parameter.median):
         return here, here
+    loss = 1.0 if frame[list(_LOSSES)].isna().all(axis=None) else loss
     scales = dict.fromkeys(_LOSSES, loss) | dict.fromkeys(_RATES, 1 / time) | dict.fromkeys(_TIMES, time)
     scaled = frame.assign(**{name: frame[name] * scale for name, scale in scales.items() if name in frame})
     return parameter.median_for(scaled), here * unit_factor(parameter.unit, time, loss)

@@ -111,7 +111,10 @@ def to_tree(
         coords={"condition": conditions, "minimum": minima},
         dims={name: ["condition"] for name in (*CONDITION_VARIABLES, *constant, "escapes")} | per_minimum,
     )
-    for group in (tree.posterior, tree.constant_data):  # where no variable is one for each minimum, the names are still known
+    for group in (
+        tree.posterior,
+        tree.constant_data,
+    ):  # where no variable is one for each minimum, the names are still known
         group.coords["minimum"] = minima
     tree.constant_data.coords["condition_minimum"] = ("condition", list(frame["minimum"]))
     _describe(tree, law)

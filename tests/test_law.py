@@ -108,10 +108,11 @@ def test_noise_strengths_have_their_units():
     assert units["arrhenius_anisotropic"]["noise_strength"] == "loss"
 
 
+@pytest.mark.parametrize("empty", [(), ("loss_minimum",), ("hessian_minimum",), ("loss_barrier", "hessian_minimum")])
 @pytest.mark.parametrize("name", NAMES)
-def test_prior_medians_follow_the_units_and_never_look_at_the_escapes(name):
+def test_prior_medians_follow_the_units_and_never_look_at_the_escapes(name, empty):
     """Escapes are not even in the table; with other units of loss and time the medians change by those."""
-    loss, time, table = 0.0043, 37.0, frame()
+    loss, time, table = 0.0043, 37.0, frame().assign(**dict.fromkeys(empty, np.nan))
     scaled = table.assign(
         loss_minimum=table["loss_minimum"] * loss,
         loss_barrier=table["loss_barrier"] * loss,
@@ -122,6 +123,20 @@ def test_prior_medians_follow_the_units_and_never_look_at_the_escapes(name):
         factor = {"1": 1.0, "loss": loss, "loss/time": loss / time}[p.unit]
         assert p.median_for(scaled) == pytest.approx(p.median_for(table) * factor, rel=1e-10)
         assert p.reason
+
+
+def test_medians_where_something_was_not_measured_are_those_at_the_centres_of_the_models_priors():
+    strength = load_law("arrhenius").parameters[0]
+    table = frame()
+    other = table.assign(loss_minimum=np.nan)
+    assert strength.median_for(other) == pytest.approx(
+        strength.median_for(table.assign(loss_minimum=table["loss_barrier"] / np.e)), rel=1e-12
+    )
+    other = table.assign(hessian_minimum=np.nan)
+    typical = 0.2 / table["learning_rate"].median()
+    assert strength.median_for(other) == pytest.approx(
+        strength.median_for(table.assign(hessian_minimum=typical)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
