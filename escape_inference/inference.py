@@ -126,7 +126,7 @@ def build_problem(
     """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
 
     Raises:
-        InputError: the law does not apply to the barriers in the table, or no escape is left.
+        InputError: the law does not apply to the barriers in the table or is not finite over its prior, or no escape is left.
     """
     frame = prepared.conditions.frame
     if not len(frame) or not frame["escapes"].sum():
@@ -167,7 +167,29 @@ def build_problem(
             draws=draws,
         )
 
-    return explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed, announce)
+    problem = explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed, announce)
+    prior = _prior_sites(problem, _predictive_key(seed), np.random.default_rng(seed))
+    bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
+    if bad.any():
+        raise InputError(
+            f"law {law.name}: the log rate is not finite at {bad.sum()} of {PRIOR_DRAWS} draws from its prior; "
+            "escape-inference check-law says where. Give the law a finite log rate wherever its prior reaches."
+        )
+    return problem
+
+
+def _predictive_key(seed: int) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), 3)
+
+
+def _prior_sites(problem: Problem, key: Array, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Named values at draws from the prior, arrays ``[1, draw, ...]``."""
+    target = problem.target
+    if target.inputs.surrogate is not None:
+        z = rng.normal(size=(PRIOR_DRAWS, target.used.max() + 1))
+    else:
+        z = np.asarray(sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS))
+    return model_at(problem, problem.prior_inputs, target.to_model(z)[None]).sites
 
 
 def run_chains(
@@ -282,15 +304,9 @@ def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Obser
 def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     """The ArviZ data tree of a fit, with prior and posterior predictive draws."""
     problem = fit.problem
-    key = jax.random.fold_in(jax.random.key(seed), 3)
+    key, rng = _predictive_key(seed), np.random.default_rng(seed)
     chains, draws = fit.draws.z.shape[:2]
-    target = problem.target
-    rng = np.random.default_rng(seed)
-    if target.inputs.surrogate is not None:
-        prior_z = rng.normal(size=(PRIOR_DRAWS, target.used.max() + 1))
-    else:
-        prior_z = sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS)
-    prior_sites = model_at(problem, problem.prior_inputs, target.to_model(prior_z)[None]).sites
+    prior_sites = _prior_sites(problem, key, rng)
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
     keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)
     residual = _residuals(keys, jnp.asarray(log_rate), jnp.asarray(sigma[:, 0]), problem.observed)

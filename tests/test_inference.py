@@ -1,0 +1,47 @@
+"""What a fit refuses before it samples."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from escape_inference.errors import InputError
+from escape_inference.evidence import Evidence
+from escape_inference.exploration import Problem, _itself
+from escape_inference.inference import infer
+from escape_inference.law import Law, Parameter, kramers_log_prefactor
+from escape_inference.sde import simulate_sde
+from escape_inference.worlds import World, make_design
+
+TABLE = simulate_sde(World(dimension=1), make_design(World(dimension=1), minima=2, learning_rates=2, runs=20), seed=1)
+
+
+def unexplored(law, inputs, observed, shapes, *_):
+    """The problem as it is before it is explored."""
+    nothing, itself = Evidence(float("nan"), float("nan"), "none"), _itself(law, inputs, shapes)
+    return Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, len(itself.used))))
+
+
+def test_a_law_that_is_not_finite_over_its_prior_is_refused_before_sampling(monkeypatch):
+    """Finite near the data and not a number where the scale is above 3, one prior draw in 17."""
+
+    def log_rate(values, setting):
+        scale = values["scale"]
+        return (
+            kramers_log_prefactor(setting)
+            - setting.log_barrier / (scale * setting.diffusion_scale)
+            + jnp.sqrt(3 - scale)
+        )
+
+    law = Law(
+        name="some_nan",
+        title="t",
+        source="s",
+        parameters=(Parameter("scale", median=1.0, width=0.7, reason="r"),),
+        log_rate=log_rate,
+        temperature=lambda values, setting: values["scale"] * setting.diffusion_scale,
+        barriers=("saddle",),
+    )
+    monkeypatch.setattr("escape_inference.inference.explore", unexplored)
+    monkeypatch.setattr("escape_inference.inference.fit_law", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(InputError, match=r"law some_nan: the log rate is not finite at \d+ of 1000 draws .*check-law"):
+        infer(law, TABLE)
