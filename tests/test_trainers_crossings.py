@@ -101,9 +101,13 @@ def test_the_rule_of_whereabouts() -> None:
 
 def test_both_ways_out_of_a_periodic_landscape_are_found_and_kept(tmp_path: Path) -> None:
     found = find_exits(
-        shifted, jnp.zeros(1), INPUTS, TARGETS, loss=periodic, learning_rates=[1.2], batch_size=1, loss_barrier=0.7,
+        shifted, jnp.zeros(1), INPUTS, TARGETS, loss=periodic, learning_rates=1.2, batch_size=1, loss_barrier=0.7,
         runs=16, steps=200, images=7, path_iterations=100,
     )  # fmt: skip
+    with pytest.raises(InputError, match="learning_rates: needs at least one value"):
+        find_exits(
+            shifted, jnp.zeros(1), INPUTS, TARGETS, loss=periodic, learning_rates=[], batch_size=1, loss_barrier=0.7
+        )
     near = [one for one in found.exits if one.usable]
     assert {round(float(one.beyond[0])) for one in near} == {-2, 2}
     for one in near:

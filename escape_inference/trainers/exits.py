@@ -43,7 +43,7 @@ def find_exits(
     inputs: Array | np.ndarray,
     targets: Array | np.ndarray,
     *,
-    learning_rates: Sequence[float],
+    learning_rates: float | Sequence[float],
     batch_size: int,
     loss_barrier: float,
     runs: int = 16,
@@ -65,7 +65,7 @@ def find_exits(
         minimum: a ``Minimum``, or a pytree of parameters.
         inputs: samples first.
         targets: samples first.
-        learning_rates: of the runs that are to leave; so large that some do.
+        learning_rates: of the runs that are to leave, one or several; so large that some do.
         batch_size: of these runs.
         loss_barrier: a run stops at the first full-batch loss above this, and otherwise after ``steps``.
         runs: at each learning rate.
@@ -94,7 +94,10 @@ def find_exits(
         (True, True)
     """
     problem = make_problem(apply, minimum, inputs, targets, loss=loss, seed=seed)
-    for learning_rate in learning_rates:
+    rates: list[float] = np.atleast_1d(np.asarray(learning_rates, float)).tolist()
+    if not rates:
+        raise InputError("learning_rates: needs at least one value.")
+    for learning_rate in rates:
         check_training(learning_rate, batch_size, steps, problem.samples)
     origin, unravel = ravel_pytree(problem.params)
     curvature = abs(float(eigenpairs(problem, "hessian", 1, min(20, problem.dimension))[0][0]))
@@ -114,7 +117,7 @@ def find_exits(
     ends = [
         leave(problem.params, slots, jnp.int32(steps), jnp.float32(learning_rate), jnp.float32(loss_barrier),
               root_key(seed + place), problem.inputs, problem.targets)
-        for place, learning_rate in enumerate(learning_rates)
+        for place, learning_rate in enumerate(rates)
     ]  # fmt: skip
     done = down(jnp.concatenate(ends))
     rises = np.asarray(rise_between(problem, home, done.points))
