@@ -190,6 +190,17 @@ class Net(nn.Module):
         return nn.Dense(1)(nn.tanh(nn.Dense(6)(x)))[..., 0]
 network = Net()
 """,
+    "nnx": """
+import jax.numpy as jnp
+from flax import nnx
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 1, rngs=rngs)
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))[..., 0]
+def network(key):
+    return Net(nnx.Rngs(key))
+""",
     "init_apply": """
 import jax, jax.numpy as jnp
 class Net:
@@ -204,10 +215,8 @@ network = Net()
 }
 
 
-@pytest.mark.parametrize("library", ["equinox", "flax", "init_apply"])
+@pytest.mark.parametrize("library", ["equinox", "flax", "nnx", "init_apply"])
 def test_a_module_of_the_users_own_is_measured_from_a_study(tmp_path: Path, library: str) -> None:
-    if library == "flax":
-        pytest.importorskip("flax")
     (tmp_path / f"own_{library}.py").write_text(MODULES[library])
     (tmp_path / "study.toml").write_text(STUDY.format(network=f"own_{library}:network"))
     table = pd.read_parquet(collect(tmp_path / "study.toml", tmp_path / "out", progress=False))

@@ -165,7 +165,8 @@ def load_network(
     - a pair ``(init, apply)`` of functions as above;
     - an equinox module, which sees one sample at a time (its weights are the starting point of every minimum), or a
       function of a key that returns one;
-    - an object with methods ``init(key, inputs)`` and ``apply(params, inputs)``, as flax's are.
+    - a flax.nnx module, which sees a batch, or a function of a key that returns one;
+    - an object with methods ``init(key, inputs)`` and ``apply(params, inputs)``, as those of flax.linen are.
 
     Args:
         name: ``multilayer_perceptron``, ``linear``, ``convolutional`` or ``my_module:my_network``.
@@ -248,6 +249,23 @@ def _from_module(name: str, make: Callable[[Any], eqx.Module], *, batched: bool)
     return Network(name, init, apply)
 
 
+def _is_nnx(found: Any) -> bool:
+    return any(kind.__module__.startswith("flax.nnx") for kind in type(found).__mro__) and callable(found)
+
+
+def _from_nnx(name: str, make: Callable[[Any], Any]) -> Network:
+    """Split a flax.nnx module into its parameters and the rest, which is the same for every key."""
+    from flax import nnx  # only who brings such a module has it
+
+    split: Any = nnx.split
+    graph, _, rest = split(make(jax.random.key(0)), nnx.Param, ...)
+
+    def init(key: Key[Array, ""]) -> PyTree:
+        return split(make(key), nnx.Param, ...)[1]
+
+    return Network(name, init, lambda params, inputs: nnx.merge(graph, params, rest)(inputs))
+
+
 def _is_trainable(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
@@ -260,6 +278,9 @@ def _adapt(name: str, found: Any, options: dict[str, Any], data: Dataset) -> Net
     if isinstance(found, tuple | list) and len(found) == 2 and all(callable(part) for part in found):
         check_no_options(name, options)
         return Network(name, *found)
+    if _is_nnx(found):
+        check_no_options(name, options)
+        return _from_nnx(name, lambda key: found)
     methods = [getattr(found, method, None) for method in ("init", "apply")]
     if not isinstance(found, type) and all(callable(method) for method in methods):
         check_no_options(name, options)
@@ -273,9 +294,11 @@ def _adapt(name: str, found: Any, options: dict[str, Any], data: Dataset) -> Net
             raise InputError(f"network: {name} failed: {type(error).__name__}: {error}") from error
         if isinstance(made, eqx.Module) and callable(made):
             return _from_module(name, lambda key: found(key, **options), batched=False)
+        if _is_nnx(made):
+            return _from_nnx(name, lambda key: found(key, **options))
     raise InputError(
-        f"network: {name} is a {type(found).__name__}; expected a pair (init, apply), an equinox module (or a function "
-        "of a key that returns one), or an object with the methods init and apply"
+        f"network: {name} is a {type(found).__name__}; expected a pair (init, apply), an equinox or flax.nnx module (or a "
+        "function of a key that returns one), or an object with the methods init and apply"
     )
 
 
