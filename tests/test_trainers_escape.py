@@ -471,7 +471,9 @@ def test_an_optimiser_that_adds_noise_moves_every_replica_by_its_own() -> None:
         record = measure_escape(
             apply, minimum, *data, learning_rate=0.1, batch_size=2000, with_replacement=False, optimizer=noisy,
             start="minimum", loss_barrier=1.1 * minimum.loss_minimum, replicas=6, steps=2000, looks="exact", seed=seed,
+            follow_steps=5,
         )  # fmt: skip
+        assert set(record.rows["afterwards"]) <= {"returned", "stayed"}
         assert record.rows["escaped"].all()
         return record.rows["steps"].tolist()
 

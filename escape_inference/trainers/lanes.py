@@ -150,20 +150,11 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_lef
         order = None if recipe.with_replacement else orders(streams, step + 1, samples)
         records = jnp.full((CAPACITY, RECORD), jnp.nan, jnp.float32)
         history = jnp.zeros((LONGEST, lanes), bool)
-        room = jax.tree.map(lambda leaf: jnp.zeros((LEFT, *leaf.shape[1:]), leaf.dtype), states) if keep_left else ()
+        kept = states if keep_left else ()
+        room = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (LEFT, *leaf.shape[1:])), kept)
         left = room, jnp.int32(0)
-        carry = (
-            states,
-            alive,
-            step,
-            jnp.array(False),
-            order,
-            Tally.zero((lanes,)),
-            records,
-            jnp.int32(0),
-            history,
-            left,
-        )
+        tally, cursor = Tally.zero((lanes,)), jnp.int32(0)
+        carry = (states, alive, step, jnp.array(False), order, tally, records, cursor, history, left)
         carry = jax.lax.while_loop(lambda c: (c[2] < end) & ~c[3] & jnp.any(c[1]), body, carry)
         states, alive, step, extinct, _, tally, records, _, history, left = carry
         return states, alive, step, extinct, history, tally, records, left[0]
@@ -198,17 +189,9 @@ class Lanes:
     gated = False
 
     def __init__(
-        self,
-        recipe: Recipe,
-        params: PyTree,
-        replicas: int,
-        key: PRNGKeyArray,
-        learning_rate: float,
-        *,
-        replace: bool,
-        replica_batch: int | None = None,
-        keep_left: bool = False,
-    ) -> None:
+        self, recipe: Recipe, params: PyTree, replicas: int, key: PRNGKeyArray, learning_rate: float, *, replace: bool,
+        replica_batch: int | None = None, keep_left: bool = False,
+    ) -> None:  # fmt: skip
         self.key, self.replicas, self.step = key, replicas, 0
         start = recipe.start(params, learning_rate)
         self.states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *jnp.shape(leaf))), start)
