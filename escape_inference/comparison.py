@@ -24,6 +24,7 @@ from escape_inference.cross_validation import (
     with_refits,
 )
 from escape_inference.diagnostics import Convergence
+from escape_inference.errors import InputError
 from escape_inference.evidence import Evidence, agree
 from escape_inference.identification import identifiability
 from escape_inference.inference import (
@@ -144,7 +145,7 @@ class Comparison:
 @float64
 def compare(
     table: str | Path | pd.DataFrame | Prepared,
-    laws: "Sequence[str | Path | Law] | None" = None,
+    laws: "Sequence[str | Path | Law] | str | Path | Law | None" = None,
     *,
     seed: int = 0,
     draws: int = DRAWS,
@@ -158,7 +159,7 @@ def compare(
 
     Args:
         table: path of a CSV or Parquet table, a data frame, or the result of :func:`~escape_inference.prepare`.
-        laws: names, paths of law files or law objects; by default every built-in law that applies.
+        laws: names, paths of law files or law objects, or a single one; by default every built-in law that applies.
         seed: the same seed gives the same result.
         draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
         pooling: ``complete`` or ``partial``, as in :func:`~escape_inference.infer`.
@@ -173,7 +174,12 @@ def compare(
         InputError: bad table or law, or a law that does not apply to the barriers in the table.
     """
     say = progress or (lambda text: None)
+    laws = [laws] if isinstance(laws, str | Path | Law) else laws
     chosen = load_laws(laws) if laws is not None else None
+    if laws is not None and not chosen:
+        raise InputError(
+            "no law to compare is named; give names or paths of laws, or leave laws out for all that apply"
+        )
     say("reading the table and checking for escape")
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
     settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains, "pooling": pooling}

@@ -75,6 +75,8 @@ def shortfall(pairs: Sequence[Pair], conditions: int) -> str:
         at = "" if pair.width == 1 else f" with prior widths ×{pair.width:g}"
         if not pair.elpd_diff >= ELPD_MARGIN:
             return f"the elpd difference {pair.elpd_diff:.1f} is below {ELPD_MARGIN:g}{at}"
+        if not np.isfinite(pair.elpd_diff_se):
+            return f"one condition gives no standard error of the elpd difference {pair.elpd_diff:.1f}{at}"
         if not pair.elpd_diff >= errors * pair.elpd_diff_se:
             return (
                 f"the elpd difference {pair.elpd_diff:.1f} is {pair.elpd_diff / pair.elpd_diff_se:.1f} standard errors, "
@@ -103,13 +105,15 @@ def decide(
     if check.grade == "not_escape":
         return Verdict("not_escape", check.sentence)
     fit = [c for c in candidates if c.trustworthy]
+    if not candidates:
+        return Verdict("inconclusive", f"no escape is left to fit a law to. {check.sentence}")
     if not fit:
         return Verdict(
             "inconclusive", "no fit is trustworthy: " + "; ".join(f"{c.name}: {c.reason}" for c in candidates)
         )
     if len(candidates) == 1:
         return Verdict(
-            "inconclusive", f"only {fit[0].name} applies to these data, so there is nothing to compare it with"
+            "inconclusive", f"{fit[0].name} is the only law that was fitted, so there is nothing to compare it with"
         )
     failures = {}
     for law in fit:

@@ -10,6 +10,7 @@ import xarray as xr
 
 from escape_inference import workers
 from escape_inference.comparison import compare
+from escape_inference.errors import InputError
 from escape_inference.sde import simulate_sde
 from escape_inference.simulation import simulate_slide
 from escape_inference.workers import processors
@@ -86,6 +87,14 @@ def test_times_that_hardly_vary_are_not_escape():
     assert result.verdict == "not_escape"
     assert not result.fits
     assert result.report["escape_check"]["not_escape"] == 12
+
+
+def test_no_law_is_refused_and_a_single_name_is_one_law():
+    table = world_table("loss", "saddle", minima=1)
+    with pytest.raises(InputError, match="no law to compare is named"):
+        compare(table, [])
+    with pytest.raises(InputError, match="there is no law 'powerlaw'"):
+        compare(table, "powerlaw")
 
 
 def test_the_report_has_what_the_contract_names(power_at_saddles):

@@ -72,7 +72,19 @@ def test_without_a_trustworthy_fit_there_is_no_verdict_and_the_reason_names_ever
 def test_a_single_law_cannot_win():
     verdict, reason = decide(check(), [law("power_law")], {}, 36)
     assert verdict == "inconclusive"
-    assert "power_law" in reason and "nothing to compare" in reason
+    assert reason == "power_law is the only law that was fitted, so there is nothing to compare it with"
+
+
+def test_without_an_escape_to_fit_a_law_to_the_reason_says_so():
+    verdict, reason = decide(check(), [], {}, 0)
+    assert verdict == "inconclusive"
+    assert reason.startswith("no escape is left to fit a law to. Of 36 conditions")
+
+
+def test_one_condition_has_no_standard_error_and_the_reason_says_so():
+    verdict, reason = two(conditions=1, error=NAN)
+    assert verdict == "inconclusive"
+    assert "one condition gives no standard error of the elpd difference 30.0" in reason and "nan" not in reason
 
 
 def test_a_law_whose_sampler_did_not_converge_cannot_win():
