@@ -367,7 +367,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, Findin
             if a < b
             for p in several
         ],
-        "escape_check": check.as_dict(),
+        "escape_check": check.as_dict() | {"sentence": check.sentence},
         "left_out": list(prepared.left_out),
         "not_measured": prepared.conditions.not_measured,
         "data": {
@@ -423,14 +423,11 @@ def _entry(result: Findings, best: Findings, weight: float, probability: float) 
 
 
 def _table(laws: dict[str, Any]) -> pd.DataFrame:
+    discrepancy = {f"discrepancy_{q}": q for q in ("mean", "q05", "q95")}
     columns = (
         *("elpd", "elpd_se", "elpd_diff", "elpd_diff_se", "stacking_weight", "log_evidence", "log_evidence_se"),
-        *("posterior_probability", "rhat_max", "ess_min", "divergences", "pareto_k_max", "trustworthy"),
+        *("posterior_probability", *discrepancy),
+        *("rhat_max", "ess_min", "divergences", "pareto_k_max", "trustworthy"),
     )
-    rows = {
-        name: {c: entry[c] for c in columns[:8]}
-        | {f"discrepancy_{q}": entry["discrepancy"][q] for q in ("mean", "q05", "q95")}
-        | {c: entry[c] for c in columns[8:]}
-        for name, entry in laws.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("law")
+    rows = [entry | {name: entry["discrepancy"][q] for name, q in discrepancy.items()} for entry in laws.values()]
+    return pd.DataFrame(rows, index=pd.Index(list(laws), name="law"), columns=list(columns))

@@ -69,15 +69,17 @@ class EscapeCheck:
             )
         median = float(self.frame.loc[self.frame["tested"], "coefficient_of_variation"].median())
         meaning = {
-            "memoryless": "the times look like memoryless escape",
-            "delayed": "the times are delayed and get a Gamma waiting time",
-            "not_escape": "the times are not those of escape",
+            "memoryless": "so the times look like memoryless escape",
+            "delayed": "so the times are delayed and get a Gamma waiting time",
+            "not_escape": "so the times are not those of escape",
         }[self.grade]
+        if self.grade == "memoryless" and self.p_value is not None and self.p_value < 1 - LEVEL:
+            meaning = "so some of the times are not quite memoryless, though most conditions look like escape"
         return (
             f"Of {total} conditions {self.tested} had enough escapes to be tested: {self.count('memoryless')} "
             f"memoryless, {self.count('delayed')} delayed, {self.count('not_escape')} not escape; the median "
             f"coefficient of variation is {median:.2g} (1 if memoryless) and p = {self.p_value:.2g} for all "
-            f"being exponential, so {meaning}."
+            f"being exponential, {meaning}."
         )
 
 

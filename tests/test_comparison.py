@@ -87,6 +87,9 @@ def test_times_that_hardly_vary_are_not_escape():
     assert result.verdict == "not_escape"
     assert not result.fits
     assert result.report["escape_check"]["not_escape"] == 12
+    assert result.report["escape_check"]["sentence"] == result.reason
+    assert result.table.empty and list(result.table.columns)[:2] == ["elpd", "elpd_se"]
+    assert result.table.index.name == "law" and "discrepancy_mean" in result.table
 
 
 def test_no_law_is_refused_and_a_single_name_is_one_law():

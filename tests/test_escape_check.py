@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binom, chi2
 
 from escape_inference.conditions import Conditions, aggregate
-from escape_inference.escape_check import check_escape, grade_of, shape_interval
+from escape_inference.escape_check import EscapeCheck, check_escape, grade_of, shape_interval
 from escape_inference.gamma_intervals import interval_counts
 
 
@@ -147,6 +147,15 @@ def test_few_escapes_ramps_and_a_single_look_are_untested() -> None:
         "grade": "memoryless", "conditions_tested": 0, "memoryless": 0, "delayed": 0, "not_escape": 0, "p_value": None,
     }  # fmt: skip
     assert "None of the 4 conditions could be tested" in check.sentence
+
+
+@pytest.mark.parametrize(("p_value", "meaning"), [(0.4, "look like memoryless"), (8.7e-4, "not quite memoryless")])
+def test_the_sentence_does_not_call_memoryless_what_a_small_p_value_speaks_against(
+    p_value: float, meaning: str
+) -> None:
+    frame = pd.DataFrame({"tested": [True] * 9, "grade": "memoryless", "coefficient_of_variation": 0.8})
+    sentence = EscapeCheck(frame, "memoryless", p_value).sentence
+    assert f"p = {p_value:.2g} for all being exponential, so " in sentence and meaning in sentence
 
 
 def test_the_overall_grade_is_that_of_more_than_half() -> None:
