@@ -301,8 +301,8 @@ def _print_comparison(report: dict) -> None:
     _print_table("laws, best first", ["law", *columns, "discrepancy"], rows)
     for name, law in report["laws"].items():
         _print_parameters(name, law["parameters"])
-        for parameter in law["parameters"].values():
-            if parameter.get("status", "identified") != "identified":
+        for parameter in law["identifiability"].values():
+            if parameter["status"] != "identified":
                 print(f"  {parameter['sentence']}")
         if left := trend_sentence(pd.DataFrame(law["residual_trends"]).set_index("variable")):
             print(f"  {left}")

@@ -409,6 +409,7 @@ def _entry(result: Findings, best: Findings, weight: float, probability: float) 
         "posterior_probability": probability,
         "discrepancy": result.discrepancy,
         "parameters": parameters,
+        "identifiability": known.to_dict("index"),
         "residual_trends": result.says["residual_trends"].reset_index().to_dict("records"),
         "critical_learning_rates": result.says["critical_learning_rates"].to_dict("records"),
         "point_bayes_factors": result.says["point_bayes_factors"],

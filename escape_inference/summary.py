@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from escape_inference.model import MEAN_SPREAD
 from escape_inference.trends import trend_sentence
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ ROUNDING = 1e-9  #: of an interval without width
 def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
     """Mean, sd and 90 % interval of every parameter, beside its prior and the value of the theory.
 
+    Among them are n of the minima for which it was not measured, where the data carry it for others, and with partial pooling the
+    spreads between minima.
+
     ``moved_by_data`` is true when the posterior sd (of the logarithm, for positive parameters) is below 0.8 of the prior's, or the
     posterior mean lies more than one prior sd from the prior's. ``contains_theory`` refers to the 90 % interval.
     """
@@ -26,14 +30,19 @@ def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
     inputs = problem.inputs
     rows = {}
     for p in problem.law.parameters_for(inputs.barriers):
-        median = float(inputs.medians[p.name])
+        median, names = float(inputs.medians[p.name]), [p.name]
         if p.name == "effective_dimension" and inputs.dimension_carried != "none":
             rows[p.name] = _measured_dimension(fit)
-            continue
+            names = ["effective_dimension_unmeasured"] if inputs.dimension_carried == "some" else []
         center = np.log(median) if p.positive else median
         prior_sd = float(np.sqrt(p.prior(jnp.asarray(median)).variance))
-        rows[p.name] = _row(fit.sites[p.name], center, p.width, p.positive, prior_sd, p.theory)
+        for name in names:
+            rows[name] = _row(fit.sites[name], center, p.width, p.positive, prior_sd, p.theory)
     rows["log_prefactor"] = _row(fit.sites["log_prefactor"], 0.0, 1.0, False, 1.0, 0.0)
+    for name in inputs.pooled:
+        if (spread := f"{name}_spread") in fit.sites:
+            center = np.log(MEAN_SPREAD) - np.euler_gamma  # mean of the logarithm of an exponential variable
+            rows[spread] = _row(fit.sites[spread], center, np.pi / np.sqrt(6), True, MEAN_SPREAD, None)
     return rows
 
 

@@ -110,6 +110,9 @@ def test_the_report_has_what_the_contract_names(power_at_saddles):
     assert set(entry["discrepancy"]) == {"mean", "q05", "q95"}
     assert sum(law["stacking_weight"] for law in report["laws"].values()) == pytest.approx(1)
     assert list(power_at_saddles.table.index) == ["power_law", "arrhenius"]
+    known = entry["identifiability"]
+    assert set(known) == {*entry["parameters"], "discrepancy"}
+    assert known["discrepancy"]["status"] and "the discrepancy σ" in known["discrepancy"]["sentence"]
 
 
 def test_both_evidences_agree_where_the_law_is_true(power_at_saddles):
