@@ -35,6 +35,7 @@ from escape_inference.inference import (
     Prepared,
     applicable,
     build_problem,
+    check_settings,
     fit_law,
     fit_tree,
     prepare,
@@ -171,7 +172,7 @@ def compare(
         The verdict, its reason, the table, the posteriors and the report.
 
     Raises:
-        InputError: bad table or law, or a law that does not apply to the barriers in the table.
+        InputError: bad table, law or setting, or a law that does not apply to the barriers in the table.
     """
     say = progress or (lambda text: None)
     laws = [laws] if isinstance(laws, str | Path | Law) else laws
@@ -180,9 +181,10 @@ def compare(
         raise InputError(
             "no law to compare is named; give names or paths of laws, or leave laws out for all that apply"
         )
+    settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains, "pooling": pooling}
+    check_settings(settings, pooling)
     say("reading the table and checking for escape")
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
-    settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains, "pooling": pooling}
     prepared.settings.update(settings)
     if chosen is None:
         chosen = [law for law in built_in_laws().values() if applicable(law, prepared.conditions)]

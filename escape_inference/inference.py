@@ -1,5 +1,6 @@
 """From a table to the posterior of one law."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ ATTEMPTS = 6
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
 POOLINGS = ("complete", "partial")
+LEAST = {"seed": 0, "draws": 100, "warmup": 100, "chains": 2}  #: as the commands take them
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,6 @@ def build_problem(
         raise InputError(
             f"law {law.name} has no formula for barrier {'/'.join(sorted(set(frame['barrier']) - set(law.barriers)))!r}"
         )
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling is one of {', '.join(POOLINGS)}; not {pooling!r}")
     inputs = build_inputs(law, prepared.conditions, pooling)
     observed = build_observations(prepared.conditions, prepared.waiting)
     inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
@@ -176,6 +176,19 @@ def build_problem(
             "escape-inference check-law says where. Give the law a finite log rate wherever its prior reaches."
         )
     return problem
+
+
+def check_settings(settings: Mapping[str, Any], pooling: str) -> None:
+    """Refuse settings of a fit that no sampler can run with.
+
+    Raises:
+        InputError: with the name of the setting and what it may be.
+    """
+    for name, least in LEAST.items():
+        if not isinstance(settings[name], int | np.integer) or settings[name] < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, not {settings[name]!r}")
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling is one of {', '.join(POOLINGS)}; not {pooling!r}")
 
 
 def _predictive_key(seed: int) -> Array:
@@ -356,11 +369,11 @@ def infer(
         says whether the sampler converged.
 
     Raises:
-        InputError: bad table or law.
+        InputError: bad table, law or setting.
     """
-    law = load_law(law)
+    law, settings = load_law(law), {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+    check_settings(settings, pooling)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
-    settings: dict[str, Any] = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
     prepared.settings.update(settings | {"pooling": pooling})
     problem = build_problem(law, prepared, pooling=pooling, **settings)
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from escape_inference.comparison import compare
 from escape_inference.errors import InputError
 from escape_inference.evidence import Evidence
 from escape_inference.exploration import Problem, _itself
@@ -45,3 +46,20 @@ def test_a_law_that_is_not_finite_over_its_prior_is_refused_before_sampling(monk
     monkeypatch.setattr("escape_inference.inference.fit_law", lambda *_, **__: pytest.fail("sampled"))
     with pytest.raises(InputError, match=r"law some_nan: the log rate is not finite at \d+ of 1000 draws .*check-law"):
         infer(law, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"draws": 0}, "draws must be a whole number of at least 100, not 0"),
+        ({"warmup": 1.5}, "warmup must be a whole number of at least 100, not 1.5"),
+        ({"chains": 0}, "chains must be a whole number of at least 2, not 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"pooling": "none"}, "pooling is one of complete, partial; not 'none'"),
+    ],
+)
+def test_settings_that_the_command_refuses_are_refused_by_the_functions(setting, said):
+    with pytest.raises(InputError, match=said):
+        infer("power_law", TABLE, **setting)
+    with pytest.raises(InputError, match=said):
+        compare(TABLE, ["power_law", "arrhenius"], **setting)
