@@ -58,9 +58,11 @@ class World:
         if self.noise not in NOISES or self.barrier not in BARRIERS:
             raise InputError(f"noise is one of {NOISES}, barrier one of {BARRIERS}; not {self.noise}, {self.barrier}")
         if self.noise == "uniform":
-            if self.noise_strength is None or not self.noise_strength > 0:
+            if self.noise_strength is None or not 0 < self.noise_strength < np.inf:
                 raise InputError("a world with uniform noise needs a noise_strength D > 0")
             object.__setattr__(self, "noise_exponent", 0.0)
+        if not np.isfinite(self.noise_exponent):
+            raise InputError(f"noise_exponent must be a finite number, not {self.noise_exponent}")
         if self.dimension < 1:
             raise InputError(f"a world has a dimension of at least 1, not {self.dimension}")
         if self.time_step is not None and not self.time_step > 0:

@@ -373,7 +373,17 @@ def test_a_missing_column_is_named():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"noise": "pink"}, {"noise": "uniform"}, {"dimension": 0}, {"barrier": "wall"}, {"time_step": 0.0}]
+    "wrong",
+    [
+        {"noise": "pink"},
+        {"noise": "uniform"},
+        {"noise": "uniform", "noise_strength": np.inf},
+        {"noise_exponent": np.nan},
+        {"noise_exponent": np.inf},
+        {"dimension": 0},
+        {"barrier": "wall"},
+        {"time_step": 0.0},
+    ],
 )
 def test_an_impossible_world_is_refused(wrong):
     with pytest.raises(InputError):
