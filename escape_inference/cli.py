@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Infer and compare laws for the escape rate of stochastic gradient descent from measured escape times.",
     epilog="Start with: escape-inference compare TABLE --output results. The table's columns are described in README.md.",
 )
+SHOWN = 5  #: conditions named at most in one printed line
 TablePath = Annotated[
     Path, typer.Argument(help="Measured table, CSV or Parquet: one row for each run at one condition.")
 ]
@@ -263,6 +264,9 @@ def _print_data(prepared: "Prepared") -> None:
         print(f"Left out, not escape: {', '.join(prepared.left_out)}")
     if empty := prepared.conditions.not_measured:
         print(f"Not measured, inferred with wide priors: {', '.join(empty)}")
+    if rare := prepared.conditions.rare_looks:
+        more = f" and {len(rare) - SHOWN} more" if len(rare) > SHOWN else ""
+        print(f"Looks too rare for a threshold (check_interval η h* above 0.2): {', '.join(rare[:SHOWN])}{more}")
 
 
 def _format(value: float | bool | None, digits: int = 3) -> str:

@@ -372,6 +372,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, Findin
         "escape_check": check.as_dict() | {"sentence": check.sentence},
         "left_out": list(prepared.left_out),
         "not_measured": prepared.conditions.not_measured,
+        "rare_looks": prepared.conditions.rare_looks,
         "data": {
             "path": str(prepared.conditions.path),
             "sha256": prepared.conditions.sha256,

@@ -28,6 +28,7 @@ _KEYS = (
     "loss_barrier_se",
     "hessian_saddle_se",
 )
+LONGEST_LOOK = 0.2  #: time between two looks over a threshold, in units of 1/h*, at which nearly every crossing is seen
 _STEPS = ("optimizer", "with_replacement")  #: how steps are made, in tables where that differs
 
 
@@ -85,6 +86,18 @@ class Conditions:
             unit = (("minimum", "minima"), ("condition", "conditions"))[scale][count != 1]
             found += [f"{name} of {count} {unit}"] if count else []
         return found
+
+    @property
+    def rare_looks(self) -> list[str]:
+        """Conditions over a threshold with ``check_interval · η · h*`` above 0.2, and that number.
+
+        Crossings that come back between two looks are missed there; where each iteration was looked at, single steps of SGD are so
+        long that they overshoot the threshold. Over a saddle it does no harm, since a run that has left stays away.
+        """
+        product = (self.frame["look_width"] * self.frame["hessian_minimum"]).to_numpy(float)
+        rare = (self.frame["barrier"] == "threshold").to_numpy() & (product > LONGEST_LOOK)
+        names = self.frame["condition"][rare]
+        return [f"{name} ({value:.2g})" for name, value in zip(names, product[rare], strict=True)]
 
     def __len__(self) -> int:
         return len(self.frame)

@@ -193,7 +193,11 @@ def _ramps(law: dict[str, Any]) -> str:
 
 
 def _escape_check(report: dict[str, Any]) -> str:
-    said = (("Left out, not escape", "left_out"), ("Not measured, inferred with wide priors", "not_measured"))
+    said = (
+        ("Left out, not escape", "left_out"),
+        ("Not measured, inferred with wide priors", "not_measured"),
+        ("Looks too rare for a threshold (check_interval η h* above 0.2)", "rare_looks"),
+    )
     return f"<h2>Is it escape?</h2>{_pairs(report['escape_check'])}" + "".join(
         f"<p class=doubt>{title}: {html.escape(', '.join(report[key]))}</p>" for title, key in said if report.get(key)
     )

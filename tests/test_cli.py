@@ -5,9 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from escape_inference.cli import _print_data
+from escape_inference.report import _escape_check
 from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
 
@@ -51,6 +54,16 @@ def test_compare_writes_its_files_and_prints_the_verdict(folder, compared):
     report = json.loads((folder / "out" / "comparison.json").read_text())
     assert f"Verdict: {report['verdict']}" in compared.stdout
     assert "sampling" in compared.stderr
+
+
+def test_looks_that_are_too_rare_for_a_threshold_are_printed_and_in_the_page(capsys):
+    named = [f"m{i} (0.{i})" for i in range(3, 10)]
+    conditions = SimpleNamespace(not_measured=[], rare_looks=named)
+    _print_data(SimpleNamespace(check=SimpleNamespace(sentence="s."), left_out=(), conditions=conditions))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Looks too rare for a threshold") and line.endswith("m7 (0.7) and 2 more")
+    page = _escape_check({"escape_check": {}, "rare_looks": named})
+    assert "Looks too rare for a threshold" in page and "m9 (0.9)" in page
 
 
 def test_report_draws_a_page_from_the_results(folder, compared):

@@ -102,6 +102,14 @@ def test_what_was_not_measured_is_named_and_counted() -> None:
     ]
 
 
+def test_conditions_over_a_threshold_that_are_looked_at_too_rarely_are_named() -> None:
+    table = runs([20, 40, 30, 50], hessian_minimum=3.0, loss_minimum=0.01, loss_barrier=0.02, barrier="threshold")
+    table = table.assign(learning_rate=[0.005, 0.01, 0.02, 0.02], check_interval=[10, 10, 10, 1])
+    assert aggregate(table).rare_looks == ["m1 η=0.01 B=7 c=2 (0.3)", "m1 η=0.02 B=7 c=2 m=10 (0.6)"]
+    assert aggregate(table.assign(barrier="saddle")).rare_looks == []
+    assert aggregate(table.assign(hessian_minimum=np.nan)).rare_looks == []
+
+
 def test_levels_of_a_ramp_are_conditions_of_their_own() -> None:
     ramp = runs([500, 500, 40], [False, False, True], learning_rate=[0.01, 0.02, 0.03], run="ramp")
     other = runs([60, 80, 30], learning_rate=[0.02, 0.02, 0.03], run=["a", "b", "c"])
