@@ -108,6 +108,8 @@ class Law:
         barriers: the kinds of barrier to which the law applies.
         special_cases: names of the laws that this one contains as special cases.
         points: values of normal parameters whose Bayes factor against the whole family is computed, as ``(name, value)``.
+        equation: formula of the rate κ, as it stands in the docstring, for the attributes of posterior files.
+        temperature_equation: the same of the temperature.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Law:
     barriers: tuple[str, ...] = ("saddle", "threshold")
     special_cases: tuple[str, ...] = ()
     points: tuple[tuple[str, float], ...] = ()
+    equation: str = ""
+    temperature_equation: str = ""
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.parameters]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from escape_inference.inference import Fit, Prepared
 
 DESCRIPTIONS = {
-    "temperature": ("1 (log loss)", "temperature at the minimum; for the power law T = α η h*/B (Mori et al. 2022)"),
+    "temperature": ("1 (log loss)", "temperature at the minimum"),
     "log_barrier": ("1 (log loss)", "ΔU = log(L^s/L*) (Mori et al. 2022)"),
     "log_rate": (
         "log(1/time)",
@@ -43,6 +43,11 @@ DESCRIPTIONS = {
     "batch_size": ("samples", "B"),
     "loss_barrier": ("loss", "L^s, loss at the saddle or threshold"),
     "hessian_saddle": ("1/time", "h^s, absolute value of the negative curvature at the saddle"),
+    "check_interval": ("iterations", "iterations between two looks at the loss"),
+    "runs": ("count", "runs of the condition; replica slots in the quasi-stationary state"),
+    "barrier": ("1", "what loss_barrier is: the loss at a saddle, or a threshold"),
+    "start": ("1", "where the clock started: at the minimum, or in the quasi-stationary state"),
+    "ramp": ("1", "whether the condition is a level of ramps"),
 }
 CONDITION_VARIABLES = (
     *("temperature", "log_barrier", "log_rate", "log_rate_residual", "waiting_shape", "hessian_saddle"),
@@ -118,6 +123,8 @@ def to_tree(
         group.coords["minimum"] = minima
     tree.constant_data.coords["condition_minimum"] = ("condition", list(frame["minimum"]))
     _describe(tree, law)
+    if law.equation:
+        tree.attrs["equation"] = law.equation
     convergence = fit.convergence
     tree.attrs.update(
         {
@@ -195,12 +202,45 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def description(name: str, law: Law) -> tuple[str, str]:
+    """Unit and meaning of a variable of a posterior file; empty for one that is not known.
+
+    >>> from escape_inference.law import load_law
+    >>> description("temperature", load_law("arrhenius"))
+    ('1 (log loss)', 'temperature at the minimum, T = η D/(B L*)')
+    >>> description("effective_dimension_unmeasured", load_law("power_law"))
+    ('1', 'where it was not measured: n, number of outlier eigenvalues of the Hessian at the minimum')
+    """
+    if name in DESCRIPTIONS:
+        unit, text = DESCRIPTIONS[name]
+        equation = law.temperature_equation if name == "temperature" else ""
+        return unit, f"{text}, {equation}" if equation else text
+    for p in law.parameters:
+        if name == p.name:
+            return p.unit, f"parameter of law {law.name}; prior: {p.reason} ({law.source})"
+    for end, begin in (("_by_minimum", "for each minimum"), ("_unmeasured", "where it was not measured")):
+        if name.endswith(end):
+            unit, text = description(name.removesuffix(end), law)
+            return unit, f"{begin}: {text}"
+    if name.startswith("measured_"):
+        unit, text = description(name.removeprefix("measured_"), law)
+        return unit, f"as in the table, NaN where it was not measured: {text}"
+    if name.endswith("_spread"):
+        base = name.removesuffix("_spread")
+        of = base if base == "log_prefactor" else f"the logarithm of {base}"
+        return "1", f"sd of {of} between minima (partial pooling)"
+    return "", ""
+
+
 def _describe(tree: xr.DataTree, law: Law) -> None:
-    own = {p.name: (p.unit, f"{p.reason} ({law.source})") for p in law.parameters}
+    equations = dict.fromkeys(("log_rate", *(p.name for p in law.parameters)), law.equation)
+    equations["temperature"] = law.temperature_equation
     for group in tree.children.values():
         for name, variable in group.data_vars.items():
-            unit, text = DESCRIPTIONS.get(str(name)) or own.get(str(name), ("", ""))
-            if str(name) in own and str(name) not in DESCRIPTIONS:
-                text = f"parameter of law {law.name}; prior: {text}"
+            unit, text = description(str(name), law)
+            if text and group.name in ("log_prior", "log_likelihood"):
+                unit, text = "nat", f"{str(group.name).replace('_', ' ')} of {name}: {text}"
             if text:
                 variable.attrs.update({"units": unit, "description": text, "law_source": law.source})
+            if equation := equations.get(str(name)):
+                variable.attrs["equation"] = equation

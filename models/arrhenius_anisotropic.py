@@ -55,4 +55,7 @@ LAW = Law(
     ),
     temperature=temperature,
     log_rate=log_rate,
+    equation="κ = sqrt(h* h^s)/(2π) · exp(−(L^s − L*) B/(η s h*)) over a saddle; "
+    "over a threshold the first-passage rate in a quadratic well of dimension n, noise ∝ loss^0",
+    temperature_equation="T = η s h*/(B L*)",
 )

@@ -38,4 +38,6 @@ LAW = Law(
     ),
     temperature=temperature,
     log_rate=log_rate,
+    equation="κ = ρ h*",
+    temperature_equation="T = η h*/B (not used)",
 )

@@ -47,4 +47,7 @@ LAW = Law(
     log_rate=log_rate,
     special_cases=("power_law",),
     points=(("noise_exponent", 0.0), ("noise_exponent", 1.0)),
+    equation="log κ = ½ log(h* h^s) − log 2π − q (1 − n/2) ΔU − ((L^s/L*)^(1−q) − 1)/((1 − q) T) over a saddle; "
+    "over a threshold the first-passage rate in a quadratic well of dimension n, noise ∝ loss^q",
+    temperature_equation="T = α η h*/B",
 )

@@ -50,4 +50,7 @@ LAW = Law(
     parameters=(TEMPERATURE_SCALE, EFFECTIVE_DIMENSION),
     temperature=temperature,
     log_rate=log_rate,
+    equation="κ = sqrt(h* h^s)/(2π) · (L^s/L*)^−(1/T + 1 − n/2) over a saddle; "
+    "over a threshold the first-passage rate in a quadratic well of dimension n, noise ∝ loss^1",
+    temperature_equation="T = α η h*/B",
 )

@@ -138,6 +138,11 @@ def test_a_posterior_file_opens_with_arviz_and_has_every_group(power_at_saddles,
     assert list(posterior["minimum"].to_numpy()) == list(dict.fromkeys(constant["condition_minimum"].to_numpy()))
     assert {"temperature", "log_barrier", "log_rate", "discrepancy", "temperature_scale"} <= set(posterior.data_vars)
     assert posterior["temperature"].attrs["units"]
+    for group in ("posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"):
+        for name, variable in xr.open_datatree(path, engine="h5netcdf")[group].data_vars.items():
+            assert variable.attrs["units"] and variable.attrs["description"], (group, name)
+    assert posterior["temperature"].attrs["equation"] == "T = α η h*/B"
+    assert "(L^s/L*)^−(1/T + 1 − n/2)" in posterior["log_rate"].attrs["equation"]
     scale = power_at_saddles.fits["power_law"].posterior["temperature_scale"]
     np.testing.assert_array_equal(posterior["temperature_scale"], scale)
 

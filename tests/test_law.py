@@ -17,6 +17,7 @@ import escape_inference.models
 from escape_inference.errors import InputError
 from escape_inference.law import Law, Parameter, Setting, built_in_laws, load_law, load_laws
 from escape_inference.passage import log_leading_rate, log_mean_passage_rate
+from escape_inference.posterior import description
 
 NAMES = ("power_law", "arrhenius", "arrhenius_anisotropic", "noise_exponent", "constant_rate")
 KINDS = [(barrier, start) for barrier in ("saddle", "threshold") for start in ("minimum", "quasi_stationary")]
@@ -445,3 +446,16 @@ def test_numpyro_is_whole_where_another_package_imports_it_lazily():
     code = "import escape_inference.comparison, numpyro; numpyro.distributions.distribution, numpyro.infer.hmc"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_equations_of_a_law_and_everything_about_it_in_a_posterior_file_are_described(name):
+    law = load_law(name)
+    assert "κ = " in law.equation and "h*" in law.equation
+    assert law.temperature_equation in description("temperature", law)[1]
+    constants = ["check_interval", "runs", "longest", "barrier", "start", "ramp", "measured_loss_minimum"]
+    own = [f"{p.name}{end}" for p in law.parameters for end in ("", "_by_minimum", "_spread", "_unmeasured")]
+    for variable in constants + own:
+        unit, text = description(variable, law)
+        assert unit and text, variable
+    assert description("something_else", law) == ("", "")
