@@ -40,7 +40,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Draws = Annotated[int, typer.Option("--draws", min=100, help="Posterior draws of each chain.")]
 Warmup = Annotated[int, typer.Option("--warmup", min=100, help="Warm-up steps of each chain.")]
-Chains = Annotated[int, typer.Option("--chains", min=2, help="Chains, run side by side.")]
+Chains = Annotated[
+    int, typer.Option("--chains", min=2, help="Chains, run side by side; a fit with fewer than 4 is not trustworthy.")
+]
 Pooling = Annotated[
     str,
     typer.Option(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
 BFMI_LIMIT = 0.3
+FEWEST_CHAINS = 4  #: with fewer, R-hat says too little about chains that agree by chance
 
 
 class Convergence(NamedTuple):
@@ -59,3 +60,16 @@ def check_convergence(
         if failed
     ]
     return Convergence(rhat, ess, divergences, bfmi, not failures, "; ".join(failures))
+
+
+def with_too_few_chains(convergence: Convergence, chains: int) -> Convergence:
+    """The same, not trustworthy if there are fewer than four chains.
+
+    >>> fine = Convergence(1.001, 900.0, 0, 0.9, True, "")
+    >>> with_too_few_chains(fine, 4).trustworthy, with_too_few_chains(fine, 2).reason
+    (True, '2 chains (must be 4 or more)')
+    """
+    if chains >= FEWEST_CHAINS:
+        return convergence
+    text = f"{chains} chains (must be {FEWEST_CHAINS} or more)"
+    return convergence._replace(trustworthy=False, reason="; ".join(filter(None, (convergence.reason, text))))

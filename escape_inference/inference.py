@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from escape_inference import __version__
 from escape_inference.bend import fit_bend, straight, unbent
 from escape_inference.conditions import Conditions, aggregate
-from escape_inference.diagnostics import Convergence, check_convergence
+from escape_inference.diagnostics import Convergence, check_convergence, with_too_few_chains
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
@@ -279,7 +279,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         error = max(error, of_spline)
         reason = f"the tabulated rates of the law misplace {error:.2g} of the posterior (at most {tolerance})"
         convergence = convergence._replace(trustworthy=False, reason=reason)
-    return summarise(problem, run, convergence)
+    return summarise(problem, run, with_too_few_chains(convergence, chains))
 
 
 def _joined(runs: list[Draws]) -> Draws:

@@ -1,15 +1,20 @@
 """What a fit refuses before it samples."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from escape_inference import inference
 from escape_inference.comparison import compare
+from escape_inference.diagnostics import Convergence
 from escape_inference.errors import InputError
 from escape_inference.evidence import Evidence
 from escape_inference.exploration import Problem, _itself
 from escape_inference.inference import infer
 from escape_inference.law import Law, Parameter, kramers_log_prefactor
+from escape_inference.sampler import Draws
 from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
 
@@ -63,3 +68,20 @@ def test_settings_that_the_command_refuses_are_refused_by_the_functions(setting,
         infer("power_law", TABLE, **setting)
     with pytest.raises(InputError, match=said):
         compare(TABLE, ["power_law", "arrhenius"], **setting)
+
+
+@pytest.mark.parametrize(("chains", "trustworthy"), [(4, True), (2, False)])
+def test_a_fit_with_fewer_than_four_chains_is_not_trustworthy_and_says_why(chains, trustworthy, monkeypatch):
+    """However well its chains agree; and it is not sampled again for that."""
+    flat = np.zeros((chains, 100))
+    runs = [Draws(flat[..., None], flat.astype(bool), *[flat] * (len(Draws._fields) - 2))]
+    monkeypatch.setattr(inference, "run_chains", lambda *_, **__: runs.pop())
+    monkeypatch.setattr(inference, "check_convergence", lambda *_: Convergence(1.0, 900.0, 0, 1.0, True, ""))
+    monkeypatch.setattr(inference, "table_error", lambda *_: 0.0)
+    monkeypatch.setattr(inference, "spline_error", lambda *_: 0.0)
+    monkeypatch.setattr(inference, "summarise", lambda problem, run, convergence: convergence)
+    target = SimpleNamespace(inputs=SimpleNamespace(passage=None), to_model=lambda z: z)
+    problem = SimpleNamespace(observed=SimpleNamespace(escapes=np.zeros(3)), target=target)
+    found = inference.fit_law(problem, seed=0, draws=100, warmup=100, chains=chains)
+    assert found.trustworthy == trustworthy
+    assert found.reason == ("" if trustworthy else "2 chains (must be 4 or more)")
