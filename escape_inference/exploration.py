@@ -1,7 +1,7 @@
 """First sight of a posterior: tempered Monte Carlo from the prior, and from it starts, scales and a fast form of the law."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -74,6 +74,7 @@ class Problem:
             where the settings are latent or the law has more than three parameters (with splines of its threshold rates).
         evidence: log evidence by tempered Monte Carlo.
         particles: points of ``target`` close to the posterior, ``[particle, slot]``, of equal weight.
+        prior_sites: named values at draws from the prior, ``[1, draw, ...]``.
     """
 
     law: Law
@@ -85,6 +86,7 @@ class Problem:
     target: Target
     evidence: Evidence
     particles: Float[np.ndarray, "particle slot"]
+    prior_sites: dict[str, np.ndarray] = field(default_factory=dict)
 
     def weighted(self, weight: Float[np.ndarray, " condition"]) -> Observations:
         """What was seen as the target takes it, with other weights of the conditions."""

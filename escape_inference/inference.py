@@ -54,7 +54,7 @@ from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may misplace, far below the noise of the draws
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
-PRIOR_DRAWS = 1000
+PRIOR_DRAWS, PRIOR = 1000, 3  #: draws of the prior, and their stream of random numbers
 ATTEMPTS = 6
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
@@ -168,14 +168,14 @@ def build_problem(
         )
 
     problem = explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed, announce)
-    prior = _prior_sites(problem, _predictive_key(seed), np.random.default_rng(seed))
+    prior = _prior_sites(problem, seed)
     bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
     if bad.any():
         raise InputError(
             f"law {law.name}: the log rate is not finite at {bad.sum()} of {PRIOR_DRAWS} draws from its prior; "
             "escape-inference check-law says where. Give the law a finite log rate wherever its prior reaches."
         )
-    return problem
+    return replace(problem, prior_sites=prior)
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:
@@ -191,16 +191,13 @@ def check_settings(settings: Mapping[str, Any], pooling: str) -> None:
         raise InputError(f"pooling is one of {', '.join(POOLINGS)}; not {pooling!r}")
 
 
-def _predictive_key(seed: int) -> Array:
-    return jax.random.fold_in(jax.random.key(seed), 3)
-
-
-def _prior_sites(problem: Problem, key: Array, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _prior_sites(problem: Problem, seed: int) -> dict[str, np.ndarray]:
     """Named values at draws from the prior, arrays ``[1, draw, ...]``."""
     target = problem.target
     if target.inputs.surrogate is not None:
-        z = rng.normal(size=(PRIOR_DRAWS, target.used.max() + 1))
+        z = np.random.default_rng([seed, PRIOR]).normal(size=(PRIOR_DRAWS, target.used.max() + 1))
     else:
+        key = jax.random.fold_in(jax.random.key(seed), PRIOR)
         z = np.asarray(sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS))
     return model_at(problem, problem.prior_inputs, target.to_model(z)[None]).sites
 
@@ -317,9 +314,9 @@ def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Obser
 def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     """The ArviZ data tree of a fit, with prior and posterior predictive draws."""
     problem = fit.problem
-    key, rng = _predictive_key(seed), np.random.default_rng(seed)
+    key, rng = jax.random.fold_in(jax.random.key(seed), PRIOR), np.random.default_rng(seed)
     chains, draws = fit.draws.z.shape[:2]
-    prior_sites = _prior_sites(problem, key, rng)
+    prior_sites = problem.prior_sites
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
     keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)
     residual = _residuals(keys, jnp.asarray(log_rate), jnp.asarray(sigma[:, 0]), problem.observed)

@@ -167,7 +167,7 @@ def _laws(report: dict[str, Any]) -> str:
 def _parameters(name: str, law: dict[str, Any]) -> str:
     columns = ["mean", "sd", "q05", "q95", "prior_sd", "moved_by_data", "theory", "contains_theory"]
     rows = [[parameter, *(row[c] for c in columns)] for parameter, row in law["parameters"].items()]
-    sentences = [row["sentence"] for row in law["identifiability"].values()]
+    sentences = [row["sentence"] for row in law.get("identifiability", {}).values()]
     sentences += [
         f"residual log rates against {trend['variable'].replace('_', ' ')}: p = {trend['p_value']:.2g}"
         + (", a trend" if trend["trend"] else "")
