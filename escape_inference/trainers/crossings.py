@@ -21,6 +21,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from escape_inference.errors import InputError
 from escape_inference.trainers.burn_in import BurnIn
 from escape_inference.trainers.engines import FEW_PARAMETERS
+from escape_inference.trainers.escape import check_run
 from escape_inference.trainers.looks import Tally
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss
 from escape_inference.trainers.minimum import Minimum, Progress, parameters_of
@@ -106,7 +107,7 @@ def measure_crossings(
     params = parameters_of(minimum)
     inputs, targets = check_problem(apply, sample_loss, params, inputs, targets)
     check_training(learning_rate, batch_size, steps, len(inputs))
-    _check_run(start, replicas, steps, check_interval)
+    check_run(start, "exact", replicas, steps, check_interval, None, burn_in, hessian_minimum)
     recipe = make_recipe(apply, sample_loss, optimizer, batch_size, with_replacement)
     level = float(jax.jit(recipe.mean_loss)(params, inputs, targets))
     loss_minimum = minimum.loss_minimum if isinstance(minimum, Minimum) else level
@@ -307,13 +308,3 @@ def _records(step: int, losses: np.ndarray, alive: np.ndarray) -> np.ndarray:
     slots = np.flatnonzero(alive)
     level, none = losses[slots], np.full(len(slots), np.nan)
     return np.stack([np.full(len(slots), step), slots, none, level, level, level, np.ones(len(slots))], axis=1)
-
-
-def _check_run(start: str, replicas: int, steps: int, check_interval: int) -> None:
-    if start not in ("quasi_stationary", "minimum"):
-        raise InputError(f"start: {start!r} is not known; allowed: quasi_stationary, minimum.")
-    least = 2 if start == "quasi_stationary" else 1
-    if int(replicas) != replicas or replicas < least:
-        raise InputError(f"replicas: must be an integer of at least {least} for start {start!r}, got {replicas}.")
-    if int(check_interval) != check_interval or not 1 <= check_interval <= steps:
-        raise InputError(f"check_interval: must be an integer from 1 to steps, {steps}, got {check_interval}.")
