@@ -197,21 +197,20 @@ def smc(
 
     With ``only_compile`` nothing is computed: the program for data of this shape is made in the background.
     """
-    run = tempered_log_evidences.prepare if only_compile else tempered_log_evidences
-    outcome = run(
-        data,
-        jax.random.key(seed),
-        jnp.asarray(target, jnp.float64),
-        log_prior=log_prior,
-        log_likelihood=log_likelihood,
-        sample_prior=sample_prior,
-        particles=particles,
-        moves=moves,
-        replicates=replicates,
-        steps=max_temperatures,
-    )
-    if outcome is None:
+    arguments = data, jax.random.key(seed), jnp.asarray(target, jnp.float64)
+    static: dict[str, Any] = {
+        "log_prior": log_prior,
+        "log_likelihood": log_likelihood,
+        "sample_prior": sample_prior,
+        "particles": particles,
+        "moves": moves,
+        "replicates": replicates,
+        "steps": max_temperatures,
+    }
+    if only_compile:
+        tempered_log_evidences.prepare(*arguments, **static)
         return Evidence(float("nan"), float("nan"), "smc"), None
+    outcome: Outcome = tempered_log_evidences(*arguments, **static)
     log_z, variance = np.asarray(outcome.log_evidence), outcome.variance
     weights = np.exp(log_z - np.max(log_z))
     spread = np.std(weights, ddof=1) / np.mean(weights) / np.sqrt(replicates)

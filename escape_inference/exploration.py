@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
 from escape_inference.evidence import Evidence, pooled, smc
-from escape_inference.law import Law, Parameter
+from escape_inference.law import Law, Parameter, built_in_laws
 from escape_inference.likelihood import Observations, marginal_log_likelihood
 from escape_inference.model import (
     DEFAULT_WIDTHS,
@@ -99,7 +99,7 @@ def seen_by(target: Target, observed: Observations) -> Observations:
     if not extra:
         return observed
     empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1.0, "weight": 0.0}
-    grown = {name: jnp.pad(getattr(observed, name), (0, extra), constant_values=x) for name, x in empty.items()}
+    grown = {name: np.pad(getattr(observed, name), (0, extra), constant_values=x) for name, x in empty.items()}
     return replace(observed, **grown)
 
 
@@ -210,6 +210,8 @@ def place_in_table(problem: Problem, points: Float[np.ndarray, "point slot"]) ->
 
 def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) -> Inputs:
     """The threshold laws as splines, so that neither tables nor samplers need integrate; perhaps only if all that are needed ship."""
+    if "threshold" not in inputs.barriers:
+        return inputs
     spread = float(
         np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
     )
@@ -259,7 +261,11 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
         inputs, observed, widths = data
         return sample_prior(key, law, inputs, observed, 1, widths)[0]
 
-    return log_joint, log_prior, log_likelihood, from_prior
+    functions: tuple[Any, ...] = log_joint, log_prior, log_likelihood, from_prior
+    if law is SLOT_LAW or built_in_laws().get(law.name) is law:  # then the text says all about them
+        for function in functions:
+            function.stored_as = f"{function.__name__} of {law.name} {shapes}"
+    return functions
 
 
 def evaluate_points(
@@ -367,9 +373,9 @@ def _spread_out(points: np.ndarray) -> np.ndarray:
 def _total(problem: Problem, model: np.ndarray, widths: PriorWidths, rates: Any = None) -> Float[np.ndarray, " point"]:
     """Log-likelihood of all conditions at points of the law's unconstrained space, by the law's own rates or by others."""
     count = len(problem.target.used) - 2
-    rates = jnp.asarray(_law_rates(problem, model) if rates is None else rates)
-    discrepancy = discrepancy_of(jnp.asarray(model[:, count + 1]), widths.discrepancy)
-    return np.asarray(_scores(rates + jnp.asarray(model[:, count])[:, None], discrepancy, problem.observed))
+    rates = _law_rates(problem, model) if rates is None else rates
+    log_prefactor, base = model[:, count], model[:, count + 1]
+    return np.asarray(_scores(rates, log_prefactor, base, np.asarray(widths.discrepancy), problem.observed))
 
 
 @jax.jit
@@ -379,9 +385,16 @@ def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "poi
 
 @jax.jit
 def _scores(
-    log_rate: Float[Array, "point condition"], discrepancy: Float[Array, " point"], observed: Observations
+    rates: Float[Array, "point condition"],
+    log_prefactor: Float[Array, " point"],
+    base: Float[Array, " point"],
+    width: Float[Array, ""],
+    observed: Observations,
 ) -> Float[Array, " point"]:
-    return jax.vmap(lambda rate, sigma: jnp.sum(marginal_log_likelihood(rate, sigma, observed)))(log_rate, discrepancy)
+    def one(rate: Array, shift: Array, base: Array) -> Array:
+        return jnp.sum(marginal_log_likelihood(rate + shift, discrepancy_of(base, width), observed))
+
+    return jax.vmap(one)(rates, log_prefactor, base)
 
 
 def with_surrogate(
@@ -473,9 +486,9 @@ def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Ta
     conditions, room = table.learning_rate.shape[0], room_for(table.learning_rate.shape[0])
     in_slots = replace(
         surrogate,
-        center=(surrogate.center - move) / stretch,
-        half_width=surrogate.half_width / stretch,
-        loadings=jnp.pad(surrogate.loadings, ((0, room - conditions), (0, 0))),
+        center=(np.asarray(surrogate.center) - move) / stretch,
+        half_width=np.asarray(surrogate.half_width) / stretch,
+        loadings=np.pad(surrogate.loadings, ((0, room - conditions), (0, 0))),
         names=SLOT_NAMES,
         positive=(False,) * SLOTS,
     )
@@ -489,7 +502,7 @@ def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Ta
         level_minimum=which[:1],
         measured=dict.fromkeys((*MINIMUM_QUANTITIES, *LEVEL_QUANTITIES), nothing),
         dimension_measured=np.zeros(1, bool),
-        medians={name: jnp.zeros(()) for name in SLOT_NAMES},
+        medians={name: np.zeros(()) for name in SLOT_NAMES},
         groups=(("saddle", "minimum", 0, room),),
         dimension_carried="none",
         surrogate=in_slots,

@@ -1,16 +1,20 @@
-"""NUTS with chains side by side; prior widths and left-out conditions share one compiled program."""
+"""NUTS; prior widths and left-out conditions share one compiled program.
+
+Chains run one after the other: side by side each would wait for the longest trajectory of all, and would take long to trace.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float, Int
 from numpyro import infer
 
-from escape_inference.background import Ahead
 from escape_inference.bend import Bend, bent
 from escape_inference.likelihood import Observations
 from escape_inference.model import Inputs, PriorWidths
+from escape_inference.programs import Ahead
 from escape_inference.student import LogDensity
 
 Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
@@ -90,15 +94,10 @@ def chains(
         room = tuple(jnp.zeros((draws, *jnp.shape(x)), jnp.asarray(x).dtype) for x in record(state))
         return jax.lax.fori_loop(0, warmup + count, advance, (state, room))[1]
 
-    z, potential, diverging, energy, steps, accepted, step_size = jax.vmap(chain)(keys, start)
+    z, potential, diverging, energy, steps, accepted, step_size = jax.lax.map(lambda one: chain(*one), (keys, start))
     return Draws(bent(bend, z), potential, diverging, energy, jnp.ceil(jnp.log2(steps + 1.0)), accepted, step_size)
 
 
+export.register_namedtuple_serialization(Draws, serialized_name="escape_inference.Draws")
 # the lower optimisation level halves the time of compilation and does not slow the sampler
-sample = Ahead(
-    jax.jit(
-        chains,
-        static_argnames=("log_joint", "warmup", "draws"),
-        compiler_options={"xla_backend_optimization_level": 1},
-    )
-)
+sample = Ahead(chains, static=("log_joint", "warmup", "draws"), options={"xla_backend_optimization_level": 1})

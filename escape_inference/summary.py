@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -35,7 +34,7 @@ def parameter_summary(fit: "Fit") -> dict[str, dict[str, Any]]:
             rows[p.name] = _measured_dimension(fit)
             names = ["effective_dimension_unmeasured"] if inputs.dimension_carried == "some" else []
         center = np.log(median) if p.positive else median
-        prior_sd = float(np.sqrt(p.prior(jnp.asarray(median)).variance))
+        prior_sd = median * np.exp(p.width**2 / 2) * np.sqrt(np.expm1(p.width**2)) if p.positive else p.width
         for name in names:
             rows[name] = _row(fit.sites[name], center, p.width, p.positive, prior_sd, p.theory)
     rows["log_prefactor"] = _row(fit.sites["log_prefactor"], 0.0, 1.0, False, 1.0, 0.0)

@@ -12,6 +12,7 @@ References:
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
 #: Chebyshev nodes a parameter, by the number of parameters.
 NODES = {"near": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
-DEGREES = 40
+DEGREES = {extent: max(nodes.values()) for extent, nodes in NODES.items()}
 RANK = {"near": 6, "wide": 8}  #: polynomials of each parameter
 LOADINGS = {"near": 16, "wide": 24}  #: sums of products of them that the conditions share
 
@@ -39,11 +40,11 @@ class Surrogate:
         names, positive: of the parameters.
     """
 
-    center: Float[Array, " slot"]
-    half_width: Float[Array, " slot"]
-    polynomials: Float[Array, "slot degree rank"]
-    core: Float[Array, "loading rank rank rank"]
-    loadings: Float[Array, "condition loading"]
+    center: Float[Any, " slot"]
+    half_width: Float[Any, " slot"]
+    polynomials: Float[Any, "slot degree rank"]
+    core: Float[Any, "loading rank rank rank"]
+    loadings: Float[Any, "condition loading"]
     names: tuple[str, ...] = field(metadata={"static": True})
     positive: tuple[bool, ...] = field(metadata={"static": True})
 
@@ -75,11 +76,15 @@ def _log_rates_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
 
 
 def _basis(place: Float[Array, " slot"], polynomials: Array) -> Float[Array, "slot rank 2"]:
-    """Values and slopes of the polynomials, from ``T_k = cos kθ`` and ``T_k' = k sin kθ / sin θ`` at ``cos θ``, finite at the ends."""
-    degree, angle = jnp.arange(DEGREES), jnp.arccos(place)[:, None]
-    sine = jnp.sqrt(jnp.maximum(1 - place**2, 1e-14))[:, None]
-    chebyshev = jnp.stack([jnp.cos(degree * angle), degree * jnp.sin(degree * angle) / sine], axis=-1)
-    return jnp.swapaxes(polynomials, 1, 2) @ chebyshev
+    """Values and slopes of the polynomials by Clenshaw's recurrence, written out: no Chebyshev polynomial is stored."""
+    twice = 2 * place[:, None]
+    value = value_before = slope = slope_before = jnp.zeros_like(polynomials[:, 0])
+    for k in range(polynomials.shape[1] - 1, 0, -1):
+        slope, slope_before = twice * slope - slope_before + 2 * value, slope
+        value, value_before = twice * value - value_before + polynomials[:, k], value
+    return jnp.stack(
+        [polynomials[:, 0] + twice / 2 * value - value_before, value + twice / 2 * slope - slope_before], axis=-1
+    )
 
 
 def chebyshev_points(dimension: int, extent: str) -> Float[np.ndarray, "point dimension"]:
@@ -110,7 +115,7 @@ def tabulate(
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
     core = rates.T.reshape(-1, *[count] * dimension)
-    polynomials = np.zeros((SLOTS, DEGREES, rank))
+    polynomials = np.zeros((SLOTS, DEGREES[extent], rank))
     polynomials[:, 0, 0] = 1.0
     for axis in range(1, dimension + 1):
         basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, rank)
@@ -120,11 +125,11 @@ def tabulate(
     core = core[(..., *[None] * idle)]
     room = [(0, full - size) for full, size in zip((most, *[rank] * SLOTS), core.shape, strict=True)]
     return Surrogate(
-        center=jnp.asarray(np.pad(center, (0, idle))),
-        half_width=jnp.asarray(np.pad(half_width, (0, idle), constant_values=1.0)),
-        polynomials=jnp.asarray(polynomials),
-        core=jnp.asarray(np.pad(core, room)),
-        loadings=jnp.asarray(np.pad(loadings, [(0, 0), (0, most - loadings.shape[1])])),
+        center=np.pad(center, (0, idle)),
+        half_width=np.pad(half_width, (0, idle), constant_values=1.0),
+        polynomials=polynomials,
+        core=np.pad(core, room),
+        loadings=np.pad(loadings, [(0, 0), (0, most - loadings.shape[1])]),
         names=names,
         positive=positive,
     )

@@ -11,10 +11,11 @@ import numpy as np
 from blackjax.smc import tempered
 from blackjax.smc.solver import dichotomy
 from blackjax.smc.waste_free import waste_free_smc
+from jax import export
 from jax.scipy.special import log_ndtr, logsumexp
 from jaxtyping import Array, Float
 
-from escape_inference.background import Ahead
+from escape_inference.programs import Ahead
 from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal
 
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
@@ -50,11 +51,13 @@ class Outcome(NamedTuple):
     weights: Float[Array, "replicate particle"]
 
 
-@Ahead
+export.register_namedtuple_serialization(Outcome, serialized_name="escape_inference.Outcome")
+
+
 @partial(
-    jax.jit,
-    static_argnames=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
-    compiler_options={"xla_llvm_disable_expensive_passes": True},  # compiles faster and runs as fast
+    Ahead,
+    static=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
+    options={"xla_backend_optimization_level": 1},  # compiles faster and runs as fast
 )
 def tempered_log_evidences(
     data: Any,

@@ -1,0 +1,166 @@
+"""Compiled programs: made in the background before they are needed, and kept on disk as traced, so that tracing is done once.
+
+JAX keeps compiled programs on disk, but it must trace a function anew in every process to know which one is meant; for a sampler that
+takes as long as the sampling. Here the traced form (``jax.export``) lies in the same folder, under a name made of everything that it
+depends on: this package's source, the versions of the libraries, the shapes of the arguments, the law. Processes that need the same
+program share the work: one makes it while the other makes another one.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import BoundedSemaphore, Lock
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from escape_inference.precision import float64
+from escape_inference.workers import processors
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes may make the same program
+    fcntl = None  # type: ignore[assignment]
+
+LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "blackjax")
+WAIT = 0.05  #: seconds between two looks at a program that another process makes
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="compile")  # more than processors, as some of them wait
+_AT_WORK = BoundedSemaphore(len(processors()))
+
+
+class Ahead:
+    """A function that is compiled in the background for arguments of the shapes that it will get.
+
+    Args:
+        function: of pytrees of arrays, and of static keyword arguments. Those that are functions themselves have an attribute
+            ``stored_as``, a text that says all about them, if the program may be kept on disk.
+        static: names of the static arguments.
+        options: of the compiler.
+
+    >>> power = Ahead(lambda x, degree: x**degree, static=("degree",))
+    >>> power.prepare(np.zeros(3, np.float32), degree=2)
+    >>> power(np.arange(3, dtype=np.float32), degree=2).tolist()
+    [0.0, 1.0, 4.0]
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *, static: tuple[str, ...] = (), options: dict[str, Any] | None = None
+    ) -> None:
+        self.name, self.function, self.options = function.__name__, jax.jit(function, static_argnames=static), options
+        self._programs: dict[Any, Future] = {}
+        self._lock = Lock()
+
+    def prepare(self, *arguments: Any, **static: Any) -> None:
+        """Start compiling for arrays like these."""
+        self._program(arguments, static)
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        """The function's value; waits for the program if it is being compiled."""
+        program = self._program(arguments, static).result()
+        return program(*(x if isinstance(x, jax.Array) else np.asarray(x) for x in jax.tree.leaves(arguments)))
+
+    def _program(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> Future:
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple(map(_shape, leaves))
+        key = structure, shapes, tuple(sorted(static.items()))
+        with self._lock:
+            if key not in self._programs:
+                compile_ = float64(self._compile) if jax.config.read("jax_enable_x64") else self._compile
+                self._programs[key] = _THREADS.submit(compile_, structure, shapes, static)
+            return self._programs[key]
+
+    def _compile(self, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], static: dict[str, Any]) -> Any:
+        def flat(*leaves: Any) -> Any:
+            return self.function(*jax.tree.unflatten(structure, leaves), **static)
+
+        name = _stored_name(self.name, structure, shapes, static, self.options)
+        with _alone(name):
+            traced = _load(name) or _save(name, export.export(jax.jit(flat))(*shapes))
+            return jax.jit(traced.call, compiler_options=self.options).lower(*shapes).compile()
+
+
+def _stored_name(function: str, structure: Any, shapes: Any, static: dict[str, Any], options: Any) -> Path | None:
+    """Where a program is kept; None if JAX keeps none or a static argument does not say what it is."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    values = {k: getattr(v, "stored_as", None) if callable(v) else repr(v) for k, v in sorted(static.items())}
+    if not folder or None in values.values():
+        return None
+    what = repr((function, str(structure), shapes, values, options, jax.config.read("jax_enable_x64"), _fingerprint()))
+    return Path(folder) / "traced" / hashlib.sha256(what.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _fingerprint() -> str:
+    """A number of this package's source, the versions of the libraries and the kind of device."""
+    found = hashlib.sha256(repr((*map(version, LIBRARIES), jax.default_backend())).encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _alone(name: Path | None) -> Iterator[None]:
+    """Make a program when a processor is free for it and no other process makes the same one."""
+    while True:
+        with _AT_WORK, _lock_of(name) as free:
+            if free:
+                yield
+                return
+        time.sleep(WAIT)
+
+
+@contextmanager
+def _lock_of(name: Path | None) -> Iterator[bool]:
+    """Whether this program is ours to make; the system opens the lock of a process that has died."""
+    if name is None or fcntl is None:
+        yield True
+        return
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        file = open(name.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError:  # a folder that cannot be written
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        except OSError:  # a file system without locks
+            yield True
+        else:
+            yield True
+
+
+def _load(name: Path | None) -> export.Exported | None:
+    if name is None:
+        return None
+    try:
+        return export.deserialize(bytearray(name.read_bytes()))
+    except Exception:  # not there, cut short or of another format: it is made again
+        return None
+
+
+def _save(name: Path | None, traced: export.Exported) -> export.Exported:
+    """Keep a traced function, if there is room; a file is whole or absent."""
+    if name is not None:
+        temporary = name.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):
+            temporary.write_bytes(traced.serialize())
+            temporary.replace(name)
+    return traced
+
+
+def _shape(value: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+    array = np.asarray(value)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -1,0 +1,137 @@
+"""Compiled programs: kept on disk for other processes, never one for another, made by one process at a time."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+
+from escape_inference import programs
+from escape_inference.programs import Ahead
+
+fcntl = pytest.importorskip("fcntl")
+
+
+@contextmanager
+def kept_in(folder):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with kept_in(tmp_path):
+        yield tmp_path / "traced"
+
+
+def traced_again(function, x, **static):
+    """The value, and whether Python ran the function for it, by a new object as in a new process."""
+    ran = []
+
+    def counted(x, **static):
+        ran.append(True)
+        return function(x, **static)
+
+    counted.__name__ = function.__name__
+    return Ahead(counted, static=tuple(static))(x, **static).tolist(), bool(ran)
+
+
+def twice(x, times=2):
+    return x * times
+
+
+def kept(folder):
+    return sorted(path for path in folder.iterdir() if not path.suffix)
+
+
+def test_a_program_is_traced_once_for_all_processes(folder):
+    x = np.arange(3, dtype=np.float32)
+    assert traced_again(twice, x, times=2) == ([0.0, 2.0, 4.0], True)
+    assert traced_again(twice, x + 1, times=2) == ([2.0, 4.0, 6.0], False)
+    assert len(kept(folder)) == 1
+
+
+@pytest.mark.parametrize("change", ["static", "shape", "type", "source", "name"])
+def test_whatever_a_program_depends_on_makes_another_one(folder, monkeypatch, change):
+    x = np.arange(3, dtype=np.float32)
+    traced_again(twice, x, times=2)
+    if change == "source":
+        monkeypatch.setattr(programs, "_fingerprint", lambda: "another")
+    function = (lambda x, times: x * times) if change == "name" else twice
+    x = {"shape": np.arange(4, dtype=np.float32), "type": np.arange(3, dtype=np.int32)}.get(change, x)
+    times = 3 if change == "static" else 2
+    value, ran = traced_again(function, x, times=times)
+    assert ran
+    assert value == (x * times).tolist()
+    assert len(kept(folder)) == 2
+
+
+def test_a_function_that_does_not_say_what_it_is_is_not_kept(folder):
+    apply = lambda x, inner: inner(x)
+    x = np.ones(2, np.float32)
+    assert traced_again(apply, x, inner=lambda x: x + 1) == ([2.0, 2.0], True)
+    assert traced_again(apply, x, inner=lambda x: x + 2) == ([3.0, 3.0], True)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing that was traced", None])
+def test_a_damaged_file_is_made_again(folder, content):
+    x = np.ones(2, np.float32)
+    traced_again(twice, x, times=2)
+    (path,) = kept(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert traced_again(twice, x, times=2) == ([2.0, 2.0], True)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with kept_in(tmp_path / "file"):
+        assert traced_again(twice, np.ones(2, np.float32), times=2) == ([2.0, 2.0], True)
+
+
+def test_a_program_that_another_process_makes_is_waited_for(folder):
+    x = np.ones(2, np.float32)
+    traced_again(twice, x, times=2)
+    (path,) = kept(folder)
+    content = path.read_bytes()
+    path.unlink()
+    with open(path.with_suffix(".lock"), "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(traced_again, twice, x, times=2)
+        time.sleep(10 * programs.WAIT)
+        assert not waiting.done()
+        path.write_bytes(content)  # as the other process would
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result() == ([2.0, 2.0], False)
+
+
+def test_another_process_gets_the_same_bits(folder, tmp_path):
+    """The sampler of a table: from nothing, and with what the first process kept."""
+    script = textwrap.dedent("""
+        import sys, jax
+        jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+        from escape_inference import World, infer, make_design, simulate
+        design = make_design(World(dimension=1), minima=2, learning_rates=2, runs=20)
+        table = simulate("constant_rate", design, {"rate_scale": 0.01}, seed=1)
+        print(infer("constant_rate", table, draws=100, warmup=100, chains=2)["posterior"]["rate_scale"].values.tobytes().hex())
+    """)
+    run = lambda: (
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    )
+    first = run()
+    made = kept(folder)
+    assert made
+    times = [path.stat().st_mtime_ns for path in made]
+    assert run() == first
+    assert [path.stat().st_mtime_ns for path in kept(folder)] == times
