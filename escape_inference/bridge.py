@@ -8,6 +8,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from escape_inference.programs import Ahead
 from escape_inference.student import FREEDOM, LogDensity, at_points, fit_student
 
 
@@ -32,7 +33,7 @@ def effective_size(values: Float[Array, "chain draw"]) -> Float[Array, ""]:
     return jnp.where(total > 0, chains * draws / time, chains * draws)
 
 
-@jax.jit
+@Ahead
 def bridge(
     posterior: Float[Array, "chain draw"], proposal: Float[Array, " draw"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -68,6 +69,12 @@ def bridge(
     return jnp.where(step <= 1e-6, log_z, jnp.nan), variance
 
 
+def prepare_bridge(chains: int, draws: int) -> None:
+    """Start compiling :func:`bridge` for so many draws."""
+    half = draws // 2
+    bridge.prepare(*(jax.ShapeDtypeStruct(shape, np.float64) for shape in ((chains, half), (chains * half,))))
+
+
 def bridge_halves(
     log_density: LogDensity, draws: Float[np.ndarray, "chain draw dim"], data: Any, rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, " half"], Float[np.ndarray, " half"]]:
@@ -86,7 +93,7 @@ def bridge_halves(
     return np.array([float(log_z) for log_z, _ in results]), np.array([float(variance) for _, variance in results])
 
 
-@jax.jit
+@Ahead
 def _propose(
     fitted: Float[Array, "draw dim"], bridged: Float[Array, "draw dim"], normal: Float[Array, "draw dim+freedom"]
 ) -> tuple[Float[Array, "draw dim"], Float[Array, " twice"]]:

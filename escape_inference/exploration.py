@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from escape_inference.model import (
     DEFAULT_WIDTHS,
     LEVEL_QUANTITIES,
     MINIMUM_QUANTITIES,
-    Evaluation,
     Inputs,
     Measured,
     PriorWidths,
     discrepancy_of,
     evaluate,
     known_settings,
+    named_values,
     sample_prior,
 )
 from escape_inference.passage_table import RICHARDSON, tables_for
+from escape_inference.programs import Ahead
 from escape_inference.sampler import Shapes
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome
@@ -268,6 +269,13 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
     return functions
 
 
+class Values(NamedTuple):
+    """The model at several points: log-likelihoods of the conditions, named values."""
+
+    log_likelihood: Float[np.ndarray, "... condition"]
+    sites: dict[str, np.ndarray]
+
+
 def evaluate_points(
     z: Float[np.ndarray, "draw dim"],
     inputs: Inputs,
@@ -276,22 +284,37 @@ def evaluate_points(
     *,
     law: Law,
     shapes: Shapes,
-) -> Evaluation:
+) -> Values:
     """The model at many points of unconstrained space, in blocks of one size so that it compiles once."""
     z = np.asarray(z)
     blocks = -(-len(z) // BLOCK)
     padded = np.concatenate([z, np.repeat(z[-1:], blocks * BLOCK - len(z), axis=0)])
-    parts = [
-        _evaluate_block(part, inputs, observed, widths.as_arrays(), law, shapes) for part in np.split(padded, blocks)
-    ]
+    parts = []
+    for part in np.split(padded, blocks):
+        sites = _sites_block(part, inputs, observed, widths.as_arrays(), law, shapes)
+        parts.append(Values(_likelihood_block(sites["log_rate"], sites["discrepancy"], observed), sites))
     return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x])[: len(z)], *parts)
 
 
 @partial(jax.jit, static_argnames=("law", "shapes"))
-def _evaluate_block(
+def _sites_block(
     z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, law: Law, shapes: Shapes
-) -> Evaluation:
-    return jax.vmap(lambda point: evaluate(point, law, dict(shapes), inputs, observed, widths))(z)
+) -> dict[str, Array]:
+    return jax.vmap(lambda point: named_values(point, law, dict(shapes), inputs, observed, widths))(z)
+
+
+def prepare_likelihood(observed: Observations) -> None:
+    """Start compiling the part of :func:`evaluate_points` that all laws share."""
+    rates, sigma = (jax.ShapeDtypeStruct(shape, np.float64) for shape in ((BLOCK, len(observed.escapes)), (BLOCK,)))
+    _likelihood_block.prepare(rates, sigma, observed)
+
+
+@Ahead
+def _likelihood_block(
+    log_rate: Float[Array, "point condition"], discrepancy: Float[Array, " point"], observed: Observations
+) -> Float[Array, "point condition"]:
+    """The same program for all laws."""
+    return jax.vmap(lambda rate, sigma: marginal_log_likelihood(rate, sigma, observed))(log_rate, discrepancy)
 
 
 def table_error(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from escape_inference import __version__
 from escape_inference.bend import fit_bend, straight, unbent
+from escape_inference.bridge import prepare_bridge
 from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence, with_too_few_chains
 from escape_inference.errors import InputError
@@ -22,11 +23,13 @@ from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
     Problem,
     Target,
+    Values,
     at_edge,
     densities,
     evaluate_points,
     explore,
     focus,
+    prepare_likelihood,
     spline_error,
     table_error,
     with_integrals,
@@ -36,7 +39,6 @@ from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
     DEFAULT_WIDTHS,
-    Evaluation,
     Inputs,
     PriorWidths,
     build_inputs,
@@ -47,7 +49,9 @@ from escape_inference.model import (
 )
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
+from escape_inference.programs import Ahead
 from escape_inference.sampler import Draws, sample
+from escape_inference.student import prepare_density
 from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
@@ -124,8 +128,10 @@ def build_problem(
     warmup: int = WARMUP,
     chains: int = CHAINS,
     pooling: str = "complete",
+    compared: bool = False,
 ) -> Problem:
-    """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
+    """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile, and what its evidence needs if
+    laws are ``compared``).
 
     Raises:
         InputError: the law does not apply to the barriers in the table or is not finite over its prior, or no escape is left.
@@ -144,30 +150,14 @@ def build_problem(
     observed = build_observations(prepared.conditions, prepared.waiting)
     inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
 
-    def announce(target: Target, observed: Observations) -> None:
-        keys, dim = (
-            jax.random.split(jax.random.key(0), chains),
-            sum(int(np.prod(shape)) for _, (shape, _) in target.shapes),
-        )
-        start, covariance = np.zeros((chains, dim)), np.zeros((dim, dim))
-        sample.prepare(
-            *(
-                keys,
-                start,
-                covariance,
-                straight(dim),
-                target.inputs,
-                observed,
-                DEFAULT_WIDTHS.as_arrays(),
-                np.asarray(0),
-                np.asarray(ACCEPTANCE),
-            ),
-            log_joint=densities(target.law, target.shapes)[0],
-            warmup=warmup,
-            draws=draws,
-        )
-
-    problem = explore(law, inputs, observed, tuple(site_shapes(law, inputs, observed).items()), seed, announce)
+    problem = explore(
+        law,
+        inputs,
+        observed,
+        tuple(site_shapes(law, inputs, observed).items()),
+        seed,
+        partial(_announce, observed, chains, draws, warmup, compared),
+    )
     prior = _prior_sites(problem, seed)
     bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
     if bad.any():
@@ -176,6 +166,33 @@ def build_problem(
             "escape-inference check-law says where. Give the law a finite log rate wherever its prior reaches."
         )
     return replace(problem, prior_sites=prior)
+
+
+def _announce(
+    observed: Observations,
+    chains: int,
+    draws: int,
+    warmup: int,
+    compared: bool,
+    target: Target,
+    seen: Observations,
+) -> None:
+    """Start compiling what the fit and its evidence will need; ``seen`` is what was observed as the target takes it."""
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
+    keys = lambda count: jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
+    conditions, total = len(observed.escapes), chains * draws
+    log_joint = densities(target.law, target.shapes)[0]
+    data = target.inputs, seen, DEFAULT_WIDTHS.as_arrays()
+    start = keys(chains), array(chains, dim), array(dim, dim), straight(dim)
+    sample.prepare(
+        *start, *data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
+    )
+    _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
+    prepare_likelihood(observed)
+    if compared:
+        prepare_density(log_joint, dim, data)
+        prepare_bridge(chains, draws)
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:
@@ -292,7 +309,7 @@ def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
 
 def model_at(
     problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"], widths: PriorWidths = DEFAULT_WIDTHS
-) -> Evaluation:
+) -> Values:
     """The model at draws of the law's unconstrained space, arrays ``[chain, draw, ...]``."""
     value = evaluate_points(
         z.reshape(-1, z.shape[-1]), inputs, problem.observed, widths, law=problem.law, shapes=problem.shapes
@@ -300,7 +317,7 @@ def model_at(
     return jax.tree.map(lambda x: x.reshape(*z.shape[:2], *x.shape[1:]), value)
 
 
-@jax.jit
+@Ahead
 def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
     """One draw of every condition's discrepancy for every posterior draw, ``[draw, condition]``."""
     return jax.lax.map(
@@ -368,7 +385,8 @@ def infer(
     Raises:
         InputError: bad table, law or setting.
     """
-    law, settings = load_law(law), {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+    settings: dict[str, Any] = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
+    law = load_law(law)
     check_settings(settings, pooling)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
     prepared.settings.update(settings | {"pooling": pooling})

@@ -342,17 +342,38 @@ def evaluate(
     widths: PriorWidths = DEFAULT_WIDTHS,
 ) -> Evaluation:
     """Log prior and log-likelihoods at an unconstrained point (weights not applied to the latter)."""
-    values, log_jacobian = unpack(z, shapes)
-    with _ONE_TRACE:
-        trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, widths)
-    log_prior = log_jacobian
+    trace, log_prior = _trace(z, law, shapes, inputs, observed, widths)
     for name in shapes:
         log_prior += jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"]))
     site = trace["escapes"]["fn"]
     base = site.base_dist if hasattr(site, "base_dist") else site
-    log_likelihood = base.log_prob(observed.escapes)
-    sites = {k: s["value"] for k, s in trace.items() if s["type"] == "deterministic" or k in shapes}
-    return Evaluation(log_prior, log_likelihood, sites)
+    return Evaluation(log_prior, base.log_prob(observed.escapes), _named(trace, shapes))
+
+
+def named_values(
+    z: Float[Array, " dim"],
+    law: Law,
+    shapes: Mapping[str, tuple[tuple[int, ...], bool]],
+    inputs: Inputs,
+    observed: Observations,
+    widths: PriorWidths = DEFAULT_WIDTHS,
+) -> dict[str, Any]:
+    """The named values of :func:`evaluate` alone; ``log_rate`` and ``discrepancy`` are all that the likelihood needs."""
+    return _named(_trace(z, law, shapes, inputs, observed, widths)[0], shapes)
+
+
+def _trace(
+    z: Array, law: Law, shapes: Mapping[str, Any], inputs: Inputs, observed: Observations, widths: PriorWidths
+) -> tuple[dict[str, Any], Array]:
+    """The sites of the model at an unconstrained point, and the log Jacobian."""
+    values, log_jacobian = unpack(z, shapes)
+    with _ONE_TRACE:
+        trace = handlers.trace(handlers.substitute(escape_model, data=values)).get_trace(law, inputs, observed, widths)
+    return trace, log_jacobian
+
+
+def _named(trace: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: s["value"] for k, s in trace.items() if s["type"] == "deterministic" or k in shapes}
 
 
 @partial(jax.jit, static_argnames=("law", "count"))

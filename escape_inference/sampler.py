@@ -99,5 +99,4 @@ def chains(
 
 
 export.register_namedtuple_serialization(Draws, serialized_name="escape_inference.Draws")
-# the lower optimisation level halves the time of compilation and does not slow the sampler
-sample = Ahead(chains, static=("log_joint", "warmup", "draws"), options={"xla_backend_optimization_level": 1})
+sample = Ahead(chains, static=("log_joint", "warmup", "draws"))

@@ -104,4 +104,6 @@ def _held(log_joint: LogDensity, column: int) -> LogDensity:
         point, data = held
         return call(log_joint, jnp.concatenate([rest[:column], point[None], rest[column:]]), data)
 
+    if (text := getattr(log_joint, "stored_as", None)) is not None:
+        density.stored_as = f"{text} without {column}"  # type: ignore[attr-defined]
     return density

@@ -11,6 +11,8 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Float
 
+from escape_inference.programs import Ahead
+
 LogDensity = Callable[..., Array]
 
 BLOCK = 1000  # points whose densities are computed by one call of one compiled program
@@ -63,10 +65,15 @@ def at_points(
     """Log density at many points, in blocks of one size so that it compiles once."""
     blocks = -(-len(points) // BLOCK)
     padded = np.concatenate([points, np.repeat(points[-1:], blocks * BLOCK - len(points), axis=0)])
-    parts = [np.asarray(_block(log_density, part, data)) for part in np.split(padded, blocks)]
+    parts = [np.asarray(_block(part, data, log_density=log_density)) for part in np.split(padded, blocks)]
     return np.concatenate(parts)[: len(points)]
 
 
-@partial(jax.jit, static_argnames=("log_density",))
-def _block(log_density: LogDensity, points: Float[Array, "point dim"], data: Any) -> Float[Array, " point"]:
+def prepare_density(log_density: LogDensity, dim: int, data: Any) -> None:
+    """Start compiling what :func:`at_points` needs."""
+    _block.prepare(jax.ShapeDtypeStruct((BLOCK, dim), np.float64), data, log_density=log_density)
+
+
+@partial(Ahead, static=("log_density",))
+def _block(points: Float[Array, "point dim"], data: Any, *, log_density: LogDensity) -> Float[Array, " point"]:
     return jax.lax.map(lambda z: call(log_density, z, data), points, batch_size=100)

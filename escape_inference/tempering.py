@@ -57,7 +57,6 @@ export.register_namedtuple_serialization(Outcome, serialized_name="escape_infere
 @partial(
     Ahead,
     static=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
-    options={"xla_backend_optimization_level": 1},  # compiles faster and runs as fast
 )
 def tempered_log_evidences(
     data: Any,
