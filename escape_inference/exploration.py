@@ -99,7 +99,7 @@ def seen_by(target: Target, observed: Observations) -> Observations:
     extra = target.inputs.learning_rate.shape[0] - np.shape(observed.escapes)[0]
     if not extra:
         return observed
-    empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1.0, "weight": 0.0}
+    empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1e-6, "weight": 0.0}
     grown = {name: np.pad(getattr(observed, name), (0, extra), constant_values=x) for name, x in empty.items()}
     return replace(observed, **grown)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
+from scipy.special import bernoulli, factorial
 
 NODES = 13
 _X, _W = np.polynomial.hermite.hermgauss(NODES)
@@ -28,7 +29,10 @@ _LOG_WEIGHT = np.log(_W) + _X**2 + 0.5 * np.log(2.0)
 LARGEST_LOG_RATE = 80.0
 NEWTON_STEPS = 8
 LOWEST_LOG = -690.0  #: of a number that a double still holds with all its digits
-SMALL_HAZARD = 0.01  #: below it the logarithm of an escape's probability is a series
+FINE_HAZARD = 0.01  #: below it the logarithm of an escape's probability is a short series
+SMALL_HAZARD = 0.5  #: below it, a longer one
+_K = 2 * np.arange(1, 8)
+_SERIES = bernoulli(14)[_K] / (_K * factorial(_K))  #: of ``log(sinh(y/2) / (y/2))`` in y²
 CENTRED = 1e-3  #: distance of the quadrature from the mode, in widths of the integrand, before the last Newton step
 
 
@@ -121,9 +125,29 @@ def _marginal_jvp(
     return value, slope * tangents[0] + spread * tangents[1]
 
 
-def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observations) -> tuple[Array, Array, Array]:
+Moments = tuple[Array, Array, Array]
+
+
+def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observations) -> Moments:
+    """The logarithm of the integral over δ, and the mean of δ and of δ² over the integrand, for each condition."""
     escapes, exposure = _exponential_twin(observed)
     mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
+    if observed.delayed.size:
+        return _over_nodes(log_rate, discrepancy, mode, scale, observed)
+    log_hazard = log_rate + mode + jnp.log(observed.look_width)
+    largest = jnp.max(log_hazard + np.sqrt(2.0) * _X[-1] * scale)
+
+    def of_all(state: tuple[Moments, Array]) -> tuple[Moments, Array]:
+        here = (jnp.where(state[1], x, 0.0) for x in (log_rate, discrepancy, mode, scale))  # else it leaves the loop
+        return _over_nodes(*here, observed), jnp.asarray(False)
+
+    # a loop of one round at most, which a batch of points skips unless some point needs it
+    start = _over_small_hazards(log_hazard, discrepancy, mode, scale, observed), largest > np.log(SMALL_HAZARD)
+    return jax.lax.while_loop(lambda state: state[1], of_all, start)[0]
+
+
+def _over_nodes(log_rate: Array, discrepancy: Array, mode: Array, scale: Array, observed: Observations) -> Moments:
+    """The quadrature for any likelihood."""
     delta = mode + jnp.sqrt(2.0) * scale * _X[:, None]
     exponent = _LOG_WEIGHT[:, None] + _log_likelihood(log_rate + delta, observed) - 0.5 * (delta / discrepancy) ** 2
     top = jnp.max(exponent, axis=0)
@@ -131,6 +155,38 @@ def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observa
     total = weight.sum(axis=0)
     value = top + jnp.log(total * scale / discrepancy) - 0.5 * jnp.log(2 * jnp.pi)
     return value, (weight * delta).sum(axis=0) / total, (weight * delta**2).sum(axis=0) / total
+
+
+def _over_small_hazards(
+    log_hazard: Array, discrepancy: Array, mode: Array, scale: Array, observed: Observations
+) -> Moments:
+    """The same where no look finds an escape with a large probability: everything relative to the mode, nodes in pairs ``mode ± u``.
+
+    ``log_hazard`` is that of a look at the mode. Written out, since an array over nodes would be gone through once for each sum.
+    """
+    escapes, precision, width = observed.escapes, 1 / discrepancy**2, np.sqrt(2.0) * scale
+    hazard, looks, slope = jnp.exp(log_hazard), observed.looks - escapes / 2, escapes - mode * precision
+
+    def excess(hazard: Array) -> Array:
+        """``d log((1 − exp(−y)) / y) − y (looks − d)``."""
+        square, series = hazard**2, jnp.zeros_like(hazard)
+        for coefficient in _SERIES[::-1]:
+            series = (series + coefficient) * square
+        return escapes * series - hazard * looks
+
+    at_mode = excess(hazard)
+    total, first, second = jnp.exp(_LOG_WEIGHT[NODES // 2]), jnp.zeros(()), jnp.zeros(())
+    for x, log_weight in zip(_X[NODES // 2 + 1 :], _LOG_WEIGHT[NODES // 2 + 1 :], strict=True):
+        u = x * width
+        factor, even = jnp.exp(u), log_weight - 0.5 * precision * u**2 - at_mode
+        above = jnp.exp(even + slope * u + excess(hazard * factor))
+        below = jnp.exp(even - slope * u + excess(hazard / factor))
+        total += above + below
+        first += (above - below) * u
+        second += (above + below) * u**2
+    value = escapes * log_hazard + at_mode - 0.5 * precision * mode**2 + _log(total * scale / discrepancy)
+    first, second = first / total, second / total
+    return value - 0.5 * np.log(2 * np.pi), mode + first, mode**2 + 2 * mode * first + second
 
 
 def conditional_discrepancy(
@@ -193,9 +249,9 @@ def _log_likelihood(log_rate: Array, observed: Observations) -> Array:
     log_hazard = log_rate + jnp.log(observed.look_width)
     hazard = jnp.exp(jnp.minimum(log_hazard, LARGEST_LOG_RATE))
     seen = jnp.where(
-        hazard < SMALL_HAZARD,
+        hazard < FINE_HAZARD,
         log_hazard - hazard * (0.5 - hazard * (1 / 24 - hazard**2 / 2880)),
-        _log(1 - jnp.exp(-jnp.maximum(hazard, SMALL_HAZARD))),
+        _log(1 - jnp.exp(-jnp.maximum(hazard, FINE_HAZARD))),
     )
     value = jnp.where(observed.escapes > 0, observed.escapes * seen, 0.0)
     value = value - hazard * (observed.looks - observed.escapes)
@@ -224,7 +280,7 @@ def _mode_and_scale(
 ) -> tuple[Array, Array]:
     """Mode of the integrand in δ and its Gaussian width, from ``δ = dσ² − W(σ² E κ exp(dσ²))`` and Newton steps."""
     variance = discrepancy**2
-    w = _lambert_w_of_exp(jnp.log(variance) + jnp.log(exposure) + log_rate + escapes * variance)
+    w = _lambert_w_of_exp(_log(variance) + jnp.log(exposure) + log_rate + escapes * variance)
     mode = escapes * variance - w
     curvature = (1 + w) / variance
     coarse = jnp.asarray(observed.look_width) > 0
