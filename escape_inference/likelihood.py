@@ -138,8 +138,10 @@ def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observa
     largest = jnp.max(log_hazard + np.sqrt(2.0) * _X[-1] * scale)
 
     def of_all(state: tuple[Moments, Array]) -> tuple[Moments, Array]:
-        here = (jnp.where(state[1], x, 0.0) for x in (log_rate, discrepancy, mode, scale))  # else it leaves the loop
-        return _over_nodes(*here, observed), jnp.asarray(False)
+        rate, sigma = (
+            jnp.where(state[1], x, 1.0) for x in (log_rate, discrepancy)
+        )  # else all this would leave the loop
+        return _over_nodes(rate, sigma, mode, scale, observed), jnp.asarray(False)
 
     # a loop of one round at most, which a batch of points skips unless some point needs it
     start = _over_small_hazards(log_hazard, discrepancy, mode, scale, observed), largest > np.log(SMALL_HAZARD)
