@@ -1,6 +1,7 @@
 """The likelihood of a condition's escapes: tails, the discrepancy integrated out, records, delayed waiting times."""
 
 import itertools
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from functools import partial
 
@@ -34,10 +35,23 @@ marginal = jax.jit(marginal_log_likelihood, compiler_options=QUICK)
 conditional = jax.jit(jax.vmap(conditional_discrepancy, in_axes=(0, None, None, None)), compiler_options=QUICK)
 
 
-@partial(jax.jit, compiler_options=QUICK)
-def slopes_of_marginal(log_rate, discrepancy, observed):
-    _, pull = jax.vjp(lambda z, s: marginal_log_likelihood(z, s, observed), log_rate, discrepancy)
-    return pull(jnp.ones_like(log_rate))
+def marginal_and_slopes(log_rate, discrepancy, observed):
+    value, pull = jax.vjp(lambda z, s: marginal_log_likelihood(z, s, observed), log_rate, discrepancy)
+    return value, *pull(jnp.ones_like(log_rate))
+
+
+def one_by_one(function):
+    """``function`` of each condition alone, so that none takes the way of the coarsest; two dimensions for one condition."""
+    alone = lambda z, s, o: function(z[None], s, o)
+    axes = dict.fromkeys(("escapes", "looks", "look_width", "weight"), 0)
+    axes |= dict.fromkeys(("delayed", *(f"table_{k}" for k in ("start", "step", "values", "escapes", "exposure"))))
+    mapped = jax.jit(jax.vmap(alone, in_axes=(0, 0, Observations(**axes))), compiler_options=QUICK)
+    column = lambda o: replace(o, **{k: getattr(o, k)[:, None] for k, axis in axes.items() if axis == 0})
+    return lambda z, s, o: jax.tree.map(np.ravel, mapped(z, s, column(o)))
+
+
+together = jax.jit(marginal_and_slopes, compiler_options=QUICK)
+each = one_by_one(marginal_and_slopes)
 
 
 @partial(jax.jit, compiler_options=QUICK)
@@ -173,19 +187,21 @@ GRID_TOLERANCE = np.select([GRID[4] <= 0.3, GRID[4] <= 1.0], [1e-9, 5e-6], 4e-3)
 GRID_EXACT = np.array([exact_marginal(z, s, d, looks, width) for d, looks, width, z, s in GRID.T])
 
 
-def test_the_marginal_likelihood_is_that_of_adaptive_quadrature():
+@pytest.mark.parametrize("of_all", [together, each], ids=["together", "each"])
+def test_the_marginal_likelihood_is_that_of_adaptive_quadrature(of_all):
     escapes, looks, width, log_rate, discrepancy = GRID
-    found = np.asarray(marginal(log_rate, discrepancy, seen(escapes, looks, width)))
+    found = np.asarray(of_all(log_rate, discrepancy, seen(escapes, looks, width))[0])
     assert (np.abs(found - GRID_EXACT) < GRID_TOLERANCE + 1e-12 * np.abs(GRID_EXACT)).all()
     many = escapes >= 30
     assert (np.abs(found - GRID_EXACT)[many] < 1e-8 + 1e-12 * np.abs(GRID_EXACT[many])).all()
 
 
-def test_gradients_of_the_marginal_likelihood_are_differences_of_adaptive_quadrature():
+@pytest.mark.parametrize("of_all", [together, each], ids=["together", "each"])
+def test_gradients_of_the_marginal_likelihood_are_differences_of_adaptive_quadrature(of_all):
     chosen = GRID[:, (GRID[4] > 0.01) & (GRID[1] > 40)][:, ::3]
     escapes, looks, width, log_rate, discrepancy = chosen
     observed = seen(escapes, looks, width)
-    slopes = np.array(slopes_of_marginal(log_rate, discrepancy, observed))
+    slopes = np.array(of_all(log_rate, discrepancy, observed)[1:])
     step = 1e-3
     for k in range(2):
         shift = np.array([0.0, 0.0])
@@ -197,6 +213,24 @@ def test_gradients_of_the_marginal_likelihood_are_differences_of_adaptive_quadra
         expected /= 1.0 if k == 0 else discrepancy
         tolerance = np.select([discrepancy <= 0.3, discrepancy <= 1.0], [1e-7, 2e-4], 2e-2)
         assert (np.abs(slopes[k] - expected) < tolerance * (1 + np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("escapes", [0, 1, 7, 300])
+@pytest.mark.parametrize("largest", [0.499, 1e-3, 1e-9])
+def test_small_hazards_are_integrated_as_others_are(escapes, largest):
+    """The mean, the moments and the value by the short way, up to hazards where it ends; next to a coarse condition by the long one."""
+    discrepancy, width = np.array([0.01, 0.1, 0.5, 1.0, 2.0]), 0.2
+    looks = (escapes + 1) * np.array([40.0, 300.0, 1e4, 1e6])
+    looks, discrepancy = (x.ravel() for x in np.meshgrid(looks, discrepancy))
+    log_rate = np.log((escapes + 0.5) / (looks * width)) + 0.3
+    observed = seen(escapes, looks, width)
+    reach = log_rate + np.log(width) + np.log(np.maximum(1.0, np.exp(6 * discrepancy)))
+    log_rate = log_rate - np.maximum(reach - np.log(largest), 0.0)
+    coarse = seen(np.append(observed.escapes, 5.0), np.append(looks, 5.0), np.append(observed.look_width, 40.0))
+    short = each(log_rate, discrepancy, observed)
+    long = together(np.append(log_rate, 0.0), np.append(discrepancy, 0.3), coarse)
+    np.testing.assert_allclose(short[0], long[0][:-1], rtol=1e-12, atol=1e-9)  # the mode may be found a little better
+    np.testing.assert_allclose(short[1:], np.array(long[1:])[:, :-1], rtol=1e-7, atol=1e-7)
 
 
 def test_without_a_discrepancy_the_likelihood_is_that_of_the_rate():
@@ -419,7 +453,7 @@ def test_the_discrepancy_of_a_delayed_condition_is_integrated_out_as_by_quadratu
 def test_gradients_through_the_table_are_those_of_the_gamma_likelihood():
     _, times, _, observed = delayed_condition()
     log_rate, step = np.log([0.013, 0.04]), 1e-3
-    slope = slopes_of_marginal(log_rate, np.full(2, 1e-4), observed)[0][0]
+    slope = together(log_rate, np.full(2, 1e-4), observed)[1][0]
     low, high = direct_gamma_log_likelihood(times, log_rate[0] + step * np.array([-1, 1]))
     assert float(slope) == pytest.approx((high - low) / (2 * step), rel=5e-3)
 
