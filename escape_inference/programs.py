@@ -99,9 +99,10 @@ def _described(static: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _stored_name(function: str, structure: Any, shapes: Any, static: dict[str, Any], options: Any) -> Path | None:
-    """Where a program is kept; None if JAX keeps none or a static argument does not say what it is."""
+    """Where a program is kept; None if JAX keeps none on this machine or a static argument does not say what it is."""
     folder, values = jax.config.values["jax_compilation_cache_dir"], _described(static)
-    if not folder or None in values.values():
+    local = folder and "://" not in folder and jax.config.values["jax_enable_compilation_cache"]
+    if not local or None in values.values():
         return None
     what = repr((function, str(structure), shapes, values, options, jax.config.read("jax_enable_x64"), _fingerprint()))
     return Path(folder) / "traced" / hashlib.sha256(what.encode()).hexdigest()

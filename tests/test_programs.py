@@ -100,6 +100,13 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
         assert traced_again(twice, np.ones(2, np.float32), times=2) == ([2.0, 2.0], True)
 
 
+def test_nothing_is_kept_where_jax_keeps_nothing_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with kept_in("gs://bucket/programs"):
+        assert traced_again(twice, np.ones(2, np.float32), times=2) == ([2.0, 2.0], True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_program_that_another_process_makes_is_waited_for(folder):
     x = np.ones(2, np.float32)
     traced_again(twice, x, times=2)
@@ -117,18 +124,31 @@ def test_a_program_that_another_process_makes_is_waited_for(folder):
 
 
 def test_another_process_gets_the_same_bits(folder, tmp_path):
-    """The sampler of a table: from nothing, and with what the first process kept."""
+    """The sampler: from nothing, and with what the first process kept."""
     script = textwrap.dedent("""
-        import sys, jax
+        import sys, jax, jax.numpy as jnp, numpy as np
         jax.config.update("jax_compilation_cache_dir", sys.argv[1])
-        from escape_inference import World, infer, make_design, simulate
-        design = make_design(World(dimension=1), minima=2, learning_rates=2, runs=20)
-        table = simulate("constant_rate", design, {"rate_scale": 0.01}, seed=1)
-        print(infer("constant_rate", table, draws=100, warmup=100, chains=2)["posterior"]["rate_scale"].values.tobytes().hex())
+        from escape_inference.bend import straight
+        from escape_inference.precision import float64
+        from escape_inference.sampler import sample
+
+        def log_joint(z, data):
+            return -0.5 * jnp.sum((z - data[0]) ** 2)
+
+        log_joint.stored_as = "a normal density"
+
+        @float64
+        def draws():
+            keys, start = jax.random.split(jax.random.key(0), 2), np.zeros((2, 2))
+            settings = dict(log_joint=log_joint, warmup=50, draws=50)
+            return sample(keys, start, np.eye(2), straight(2), np.ones(2), (), (), np.asarray(50), np.asarray(0.8), **settings)
+
+        found = draws()
+        assert abs(found.z.mean() - 1) < 0.5
+        print(type(found).__name__, np.asarray(found.z).tobytes().hex())
     """)
-    run = lambda: (
-        subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True).stdout
-    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    run = lambda: subprocess.run(command, capture_output=True, text=True, check=True).stdout
     first = run()
     made = kept(folder)
     assert made
