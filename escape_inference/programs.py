@@ -33,6 +33,7 @@ except ImportError:  # not on Windows, where two processes may make the same pro
 LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "blackjax")
 OPTIONS = {"xla_backend_optimization_level": 1}
 WAIT = 0.05  #: seconds between two looks at a program that another process makes
+PATIENCE = 100.0  #: seconds after which that process counts as suspended
 _THREADS = ThreadPoolExecutor(8, thread_name_prefix="compile")  # more than processors, as some of them wait
 _AT_WORK = BoundedSemaphore(len(processors()))
 
@@ -120,9 +121,10 @@ def _fingerprint() -> str:
 @contextmanager
 def _alone(name: Path | None) -> Iterator[None]:
     """Make a program when a processor is free for it and no other process makes the same one."""
+    until = time.monotonic() + PATIENCE
     while True:
         with _AT_WORK, _lock_of(name) as free:
-            if free:
+            if free or time.monotonic() > until:
                 yield
                 return
         time.sleep(WAIT)

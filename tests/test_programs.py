@@ -123,6 +123,17 @@ def test_a_program_that_another_process_makes_is_waited_for(folder):
         assert waiting.result() == ([2.0, 2.0], False)
 
 
+def test_a_process_that_is_suspended_is_not_waited_for_any_longer(folder, monkeypatch):
+    monkeypatch.setattr(programs, "PATIENCE", 0.3)
+    x = np.ones(2, np.float32)
+    traced_again(twice, x, times=2)
+    (path,) = kept(folder)
+    path.unlink()
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert traced_again(twice, x, times=2) == ([2.0, 2.0], True)
+
+
 def test_another_process_gets_the_same_bits(folder, tmp_path):
     """The sampler: from nothing, and with what the first process kept."""
     script = textwrap.dedent("""
