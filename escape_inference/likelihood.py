@@ -186,7 +186,8 @@ def _over_small_hazards(
         total += above + below
         first += (above - below) * u
         second += (above + below) * u**2
-    value = escapes * log_hazard + at_mode - 0.5 * precision * mode**2 + _log(total * scale / discrepancy)
+    seen = jnp.where(escapes > 0, escapes * log_hazard, 0.0) + at_mode
+    value = seen - 0.5 * precision * mode**2 + _log(total * scale / discrepancy)
     first, second = first / total, second / total
     return value - 0.5 * np.log(2 * np.pi), mode + first, mode**2 + 2 * mode * first + second
 

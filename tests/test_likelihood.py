@@ -233,6 +233,12 @@ def test_small_hazards_are_integrated_as_others_are(escapes, largest):
     np.testing.assert_allclose(short[1:], np.array(long[1:])[:, :-1], rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("of_all", [together, each], ids=["together", "each"])
+def test_a_rate_of_zero_forbids_escapes_and_nothing_else(of_all):
+    value, *_ = of_all(np.full(3, -np.inf), np.full(3, 0.3), seen([0.0, 1.0, 40.0], 100.0, 0.1))
+    assert abs(value[0]) < 1e-9 and (np.asarray(value)[1:] == -np.inf).all()
+
+
 def test_without_a_discrepancy_the_likelihood_is_that_of_the_rate():
     escapes, looks, width = np.array([0.0, 3.0, 250.0]), np.array([70.0, 90.0, 4000.0]), np.array([0.4, 6.0, 0.02])
     log_rate = np.log([0.01, 0.003, 2.0])
