@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from scipy.special import logsumexp
 
 from escape_inference.evidence import Evidence, pooled, smc
-from escape_inference.law import Law, Parameter, built_in_laws
+from escape_inference.law import BUILT_IN_ORDER, Law, Parameter, built_in_laws
 from escape_inference.likelihood import Observations, marginal_log_likelihood
 from escape_inference.model import (
     DEFAULT_WIDTHS,
@@ -263,7 +263,8 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
         return sample_prior(key, law, inputs, observed, 1, widths)[0]
 
     functions: tuple[Any, ...] = log_joint, log_prior, log_likelihood, from_prior
-    if law is SLOT_LAW or built_in_laws().get(law.name) is law:  # then the text says all about them
+    shipped = law.name in BUILT_IN_ORDER and built_in_laws().get(law.name) is law
+    if law is SLOT_LAW or shipped:  # a text says all about them, other laws may depend on any file
         for function in functions:
             function.stored_as = f"{function.__name__} of {law.name} {shapes}"
     return functions

@@ -113,9 +113,15 @@ def _stored_name(function: str, structure: Any, shapes: Any, static: dict[str, A
 def _fingerprint() -> str:
     """A number of this package's source, the versions of the libraries and the kind of device."""
     found = hashlib.sha256(repr((*map(version, LIBRARIES), jax.default_backend())).encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in _sources():
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _sources() -> list[Path]:
+    """Every module of this package; the folder of the laws is a link in a checkout."""
+    walk = os.walk(Path(__file__).parent, followlinks=True)
+    return sorted(Path(folder) / name for folder, _, names in walk for name in names if name.endswith(".py"))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Compiled programs: kept on disk for other processes, never one for another, made by one process at a time."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from escape_inference import programs
+from escape_inference import load_law, programs
+from escape_inference.exploration import densities
+from escape_inference.law import built_in_laws
 from escape_inference.programs import Ahead
 
 fcntl = pytest.importorskip("fcntl")
@@ -73,6 +76,21 @@ def test_whatever_a_program_depends_on_makes_another_one(folder, monkeypatch, ch
     assert ran
     assert value == (x * times).tolist()
     assert len(kept(folder)) == 2
+
+
+def test_the_laws_and_what_they_call_belong_to_the_source():
+    """A program of an edited law would otherwise be the old one."""
+    names = {path.name for path in programs._sources()}
+    assert {f"{name}.py" for name in built_in_laws()} | {"law.py", "passage.py", "likelihood.py", "model.py"} <= names
+
+
+def test_only_laws_that_ship_are_kept():
+    law = load_law("power_law")
+    own = dataclasses.replace(law, name="power_law_of_mine")
+    shapes = (("temperature_scale", ((), True)),)
+    assert all(function.stored_as for function in densities(law, shapes))
+    for other in (own, dataclasses.replace(law, log_rate=lambda values, setting: law.log_rate(values, setting))):
+        assert not any(hasattr(function, "stored_as") for function in densities(other, shapes))
 
 
 def test_a_function_that_does_not_say_what_it_is_is_not_kept(folder):
