@@ -9,7 +9,6 @@ References:
     Marzouk, Moselhy, Parno and Spantini, An introduction to sampling via measure transport (2016), section 3.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,23 +21,20 @@ LEAST_VARIANCE = 1e-10
 
 
 class Bend(NamedTuple):
-    """``z = center + axes (w + monomials(w) coefficients)``; every column of the coefficients uses earlier coordinates only."""
+    """``z = center + axes (w + products(1, w) coefficients)``; every column of the coefficients uses earlier coordinates only."""
 
     center: Float[Any, " dim"]
     axes: Float[Any, "dim dim"]
-    coefficients: Float[Any, "monomial dim"]
+    coefficients: Float[Any, "product dim"]
 
 
-@cache
-def _monomials(dim: int) -> tuple[tuple[int, ...], ...]:
-    single = tuple((i,) for i in range(dim))
-    return ((), *single, *((i, j) for i in range(dim) for j in range(i, dim))) if dim <= MOST_DIMENSIONS else ((),)
-
-
-def _values(w: Any, numpy: Any) -> Any:
-    near = numpy.clip(w, -REACH, REACH)
-    columns = [near[..., list(which)].prod(axis=-1) for which in _monomials(w.shape[-1])]
-    return numpy.stack(columns, axis=-1)
+def _products(w: Any, numpy: Any) -> Any:
+    """All products of two of 1 and the coordinates, ``[..., (dim + 1)²]``; 1 alone in many dimensions."""
+    one = numpy.ones_like(w[..., :1])
+    if w.shape[-1] > MOST_DIMENSIONS:
+        return one
+    known = numpy.concatenate([one, numpy.clip(w, -REACH, REACH)], axis=-1)
+    return (known[..., :, None] * known[..., None, :]).reshape(*w.shape[:-1], -1)
 
 
 def straight(dim: int) -> Bend:
@@ -47,7 +43,7 @@ def straight(dim: int) -> Bend:
     >>> bent(straight(2), jnp.array([1.0, 2.0])).tolist()
     [1.0, 2.0]
     """
-    return Bend(np.zeros(dim), np.eye(dim), np.zeros((len(_monomials(dim)), dim)))
+    return Bend(np.zeros(dim), np.eye(dim), np.zeros(((dim + 1) ** 2 if dim <= MOST_DIMENSIONS else 1, dim)))
 
 
 def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
@@ -58,17 +54,17 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
     >>> bool(np.ptp(unbent(fit_bend(around), around)[:, 1]) < 1e-9)
     True
     """
-    dim = points.shape[1]
-    if dim > MOST_DIMENSIONS or len(points) <= len(_monomials(dim)):
+    count, dim = points.shape
+    if dim > MOST_DIMENSIONS or count <= (dim + 1) * (dim + 2) // 2:
         return straight(dim)
-    center = points.mean(axis=0)
+    center, bend = points.mean(axis=0), straight(dim)
     variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T)))
     axes = vectors[:, ::-1] * np.sqrt(np.maximum(variance[::-1], LEAST_VARIANCE))
     places = np.linalg.solve(axes, (points - center).T).T
-    w, bend = places.copy(), straight(dim)
+    w = places.copy()
     for k in range(1, dim):
-        allowed = [i for i, which in enumerate(_monomials(dim)) if all(j < k for j in which)]
-        known = _values(w, np)[:, allowed]
+        i, j = np.triu_indices(k + 1)
+        known = _products(w, np)[:, allowed := i * (dim + 1) + j]
         bend.coefficients[allowed, k] = np.linalg.lstsq(known, places[:, k], rcond=None)[0]
         w[:, k] = places[:, k] - known @ bend.coefficients[allowed, k]
     return Bend(center, axes, bend.coefficients)
@@ -76,12 +72,12 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
 
 def bent(bend: Bend, w: Float[Any, "... dim"]) -> Float[Any, "... dim"]:
     """Points of the posterior's own space from points of the straight one, in JAX or, for a NumPy array, in NumPy."""
-    return bend.center + (w + _values(w, np if isinstance(w, np.ndarray) else jnp) @ bend.coefficients) @ bend.axes.T
+    return bend.center + (w + _products(w, np if isinstance(w, np.ndarray) else jnp) @ bend.coefficients) @ bend.axes.T
 
 
 def unbent(bend: Bend, z: Float[np.ndarray, "point dim"]) -> Float[np.ndarray, "point dim"]:
     """The inverse of :func:`bent`, coordinate by coordinate."""
     w = np.linalg.solve(bend.axes, (z - bend.center).T).T
     for k in range(1, w.shape[1]):  # every column needs the earlier ones only
-        w[:, k] -= _values(w, np) @ bend.coefficients[:, k]
+        w[:, k] -= _products(w, np) @ bend.coefficients[:, k]
     return w

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from scipy.special import logsumexp
 
 from escape_inference.evidence import Evidence, pooled, smc
@@ -28,8 +28,9 @@ from escape_inference.model import (
     sample_prior,
 )
 from escape_inference.passage_table import RICHARDSON, tables_for
-from escape_inference.programs import Ahead
+from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.sampler import Shapes
+from escape_inference.student import normals
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome
 
@@ -260,6 +261,8 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
 
     def from_prior(key: Array, data: Any) -> Array:
         inputs, observed, widths = data
+        if law is SLOT_LAW:
+            return normals(key, SLOTS + 2)
         return sample_prior(key, law, inputs, observed, 1, widths)[0]
 
     functions: tuple[Any, ...] = log_joint, log_prior, log_likelihood, from_prior
@@ -270,42 +273,57 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
     return functions
 
 
-class Values(NamedTuple):
-    """The model at several points: log-likelihoods of the conditions, named values."""
+def named_values_at(
+    problem: Problem, inputs: Inputs, z: Float[np.ndarray, "draw dim"], widths: PriorWidths = DEFAULT_WIDTHS
+) -> dict[str, np.ndarray]:
+    """Named values at many points of the law's unconstrained space, ``[draw, ...]``, with the rates of these inputs."""
+    if all(
+        barrier == "saddle" for barrier, *_ in inputs.groups
+    ):  # the law is as fast as its tables, which vary in shape
+        inputs = replace(inputs, surrogate=None)
+    fixed = inputs, problem.observed, widths.as_arrays(), problem.law, problem.shapes
+    return _in_blocks(lambda part: _sites_block(part, *fixed), np.asarray(z))
 
-    log_likelihood: Float[np.ndarray, "... condition"]
-    sites: dict[str, np.ndarray]
 
-
-def evaluate_points(
-    z: Float[np.ndarray, "draw dim"],
-    inputs: Inputs,
-    observed: Observations,
+def log_likelihood_at(
+    problem: Problem,
+    z: Float[np.ndarray, "point slot"],
     widths: PriorWidths = DEFAULT_WIDTHS,
-    *,
-    law: Law,
-    shapes: Shapes,
-) -> Values:
-    """The model at many points of unconstrained space, in blocks of one size so that it compiles once."""
-    z = np.asarray(z)
-    blocks = -(-len(z) // BLOCK)
-    padded = np.concatenate([z, np.repeat(z[-1:], blocks * BLOCK - len(z), axis=0)])
-    parts = []
-    for part in np.split(padded, blocks):
-        sites = _sites_block(part, inputs, observed, widths.as_arrays(), law, shapes)
-        parts.append(Values(_likelihood_block(sites["log_rate"], sites["discrepancy"], observed), sites))
-    return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x])[: len(z)], *parts)
+    values: dict[str, np.ndarray] | None = None,
+) -> Float[np.ndarray, "point condition"]:
+    """Log-likelihoods of the conditions at points of the target, as the target itself has them; ``values`` are named values there, if known."""
+    table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
+    if table is None:
+        values = values or named_values_at(problem, problem.near_inputs, model, widths)
+        return _log_likelihoods(values["log_rate"], values["discrepancy"], problem.observed)
+    rates = _in_blocks(lambda *x: _table_rates(table, dict(zip(SLOT_NAMES, x, strict=True))), *z.T[:SLOTS])
+    return _from_rates(problem, model, widths, rates[:, : problem.observed.escapes.shape[0]])
 
 
-@partial(jax.jit, static_argnames=("law", "shapes"))
+@partial(jax.jit, static_argnames=("law", "shapes"), compiler_options=OPTIONS)
 def _sites_block(
     z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, law: Law, shapes: Shapes
 ) -> dict[str, Array]:
     return jax.vmap(lambda point: named_values(point, law, dict(shapes), inputs, observed, widths))(z)
 
 
+def _log_likelihoods(
+    log_rate: ArrayLike, discrepancy: ArrayLike, observed: Observations
+) -> Float[np.ndarray, "point condition"]:
+    return _in_blocks(lambda rate, sigma: _likelihood_block(rate, sigma, observed), log_rate, discrepancy)
+
+
+def _in_blocks(function: Callable[..., Any], *arrays: Any) -> Any:
+    """A function of many points in blocks of one size, so that it compiles once."""
+    count = len(arrays[0])
+    blocks = -(-count // BLOCK)
+    index = np.minimum(np.arange(blocks * BLOCK), count - 1).reshape(blocks, BLOCK)
+    parts = [function(*(np.asarray(x)[own] for x in arrays)) for own in index]
+    return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x])[:count], *parts)
+
+
 def prepare_likelihood(observed: Observations) -> None:
-    """Start compiling the part of :func:`evaluate_points` that all laws share."""
+    """Start compiling what :func:`log_likelihood_at` needs for every law."""
     rates, sigma = (jax.ShapeDtypeStruct(shape, np.float64) for shape in ((BLOCK, len(observed.escapes)), (BLOCK,)))
     _likelihood_block.prepare(rates, sigma, observed)
 
@@ -380,13 +398,7 @@ def _exact_minus_table(
 ) -> Float[np.ndarray, " checked"]:
     """Log-likelihood by the law minus that by its table or spline, at as many of the points as are checked."""
     z = _spread_out(points)
-    table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
-    if table is None:
-        rates = _law_rates(replace(problem, inputs=problem.target.inputs), model)
-    else:
-        rates = _table_rates(table, {name: jnp.asarray(z[:, k]) for k, name in enumerate(SLOT_NAMES)})
-        rates = rates[:, : problem.observed.escapes.shape[0]]
-    return _total(problem, model, widths) - _total(problem, model, widths, rates)
+    return _total(problem, problem.target.to_model(z), widths) - log_likelihood_at(problem, z, widths).sum(axis=1)
 
 
 def _spread_out(points: np.ndarray) -> np.ndarray:
@@ -394,31 +406,23 @@ def _spread_out(points: np.ndarray) -> np.ndarray:
     return points[np.linspace(0, len(points) - 1, CHECKED).astype(int)]
 
 
-def _total(problem: Problem, model: np.ndarray, widths: PriorWidths, rates: Any = None) -> Float[np.ndarray, " point"]:
-    """Log-likelihood of all conditions at points of the law's unconstrained space, by the law's own rates or by others."""
+def _total(problem: Problem, model: np.ndarray, widths: PriorWidths) -> Float[np.ndarray, " point"]:
+    """Log-likelihood of all conditions at points of the law's unconstrained space, by the law's own rates."""
+    return _from_rates(problem, model, widths, _law_rates(problem, model)).sum(axis=1)
+
+
+def _from_rates(
+    problem: Problem, model: np.ndarray, widths: PriorWidths, rates: Float[np.ndarray, "point condition"]
+) -> Float[np.ndarray, "point condition"]:
     count = len(problem.target.used) - 2
-    rates = _law_rates(problem, model) if rates is None else rates
     log_prefactor, base = model[:, count], model[:, count + 1]
-    return np.asarray(_scores(rates, log_prefactor, base, np.asarray(widths.discrepancy), problem.observed))
+    sigma = discrepancy_of(jnp.asarray(base), widths.discrepancy)
+    return _log_likelihoods(rates + log_prefactor[:, None], sigma, problem.observed)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=OPTIONS)
 def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "point condition"]:
     return jax.vmap(table)(slots)
-
-
-@jax.jit
-def _scores(
-    rates: Float[Array, "point condition"],
-    log_prefactor: Float[Array, " point"],
-    base: Float[Array, " point"],
-    width: Float[Array, ""],
-    observed: Observations,
-) -> Float[Array, " point"]:
-    def one(rate: Array, shift: Array, base: Array) -> Array:
-        return jnp.sum(marginal_log_likelihood(rate + shift, discrepancy_of(base, width), observed))
-
-    return jax.vmap(one)(rates, log_prefactor, base)
 
 
 def with_surrogate(
@@ -449,13 +453,8 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
         for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
     }
     if all(barrier == "saddle" or start in (inputs.passage or {}) for barrier, start, *_ in inputs.groups):
-        blocks = -(-len(z) // BLOCK)
-        padded = {
-            k: np.pad(x, (0, blocks * BLOCK - len(z)), mode="edge").reshape(blocks, BLOCK) for k, x in values.items()
-        }
         bare = replace(inputs, surrogate=None)
-        parts = [np.asarray(_rates_block({k: x[i] for k, x in padded.items()}, bare, law)) for i in range(blocks)]
-        return np.concatenate(parts)[: len(z)]
+        return _in_blocks(lambda *x: _rates_block(dict(zip(values, x, strict=True)), bare, law), *values.values())
     parts = []  # integrals: those of all points and conditions in blocks of their own
     for part, setting, carried in known_settings(inputs):
         shape = (len(z), part.stop - part.start)
@@ -468,7 +467,7 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
     return np.concatenate(parts, axis=1)
 
 
-@partial(jax.jit, static_argnames="law")
+@partial(jax.jit, static_argnames="law", compiler_options=OPTIONS)
 def _rates_block(values: dict[str, Array], inputs: Inputs, law: Law) -> Float[Array, "point condition"]:
     def one(values: dict[str, Array]) -> Array:
         parts = [

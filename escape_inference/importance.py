@@ -7,6 +7,7 @@ Graph. Stat. 13, 907 (2004); tempering as in Koblents and Míguez, Stat. Comput.
 says whether they can be trusted (Vehtari et al. 2024).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ def importance_sample(
     start: Float[np.ndarray, "start dim"],
     log_weight: Float[np.ndarray, " start"],
     *,
+    complete: Callable[[np.ndarray], np.ndarray] = lambda points: points,
     data: Any = None,
     draws: int = 2000,
     seed: int = 0,
@@ -68,6 +70,7 @@ def importance_sample(
         log_density: ``log_density(z)`` or ``log_density(z, data)``, unnormalised log density at a point ``z [dim]``.
         start: points near the posterior.
         log_weight: logarithm of the density over that of the points, up to a constant; points where it is not finite are not used.
+        complete: makes of such points those that ``log_density`` takes, with coordinates that are held perhaps.
         data: pytree of arrays handed on to ``log_density``; other values compile nothing new.
         draws: number of draws returned.
         seed: the same seed gives the same draws.
@@ -90,7 +93,7 @@ def importance_sample(
         settled += power == 1.0
         last = settled > SETTLED or number == ROUNDS
         points, log_proposal = _draw(rng, location, factor, draws if last else ROUND)
-        value = at_points(log_density, bent(bend, points), data) + log_volume
+        value = at_points(log_density, complete(bent(bend, points)), data) + log_volume
         weights = np.where(np.isnan(value), -np.inf, value) - log_proposal
         if last or not np.isfinite(weights).any():
             break

@@ -23,12 +23,12 @@ from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
     Problem,
     Target,
-    Values,
     at_edge,
     densities,
-    evaluate_points,
     explore,
     focus,
+    log_likelihood_at,
+    named_values_at,
     prepare_likelihood,
     spline_error,
     table_error,
@@ -39,7 +39,6 @@ from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
     DEFAULT_WIDTHS,
-    Inputs,
     PriorWidths,
     build_inputs,
     build_observations,
@@ -216,7 +215,7 @@ def _prior_sites(problem: Problem, seed: int) -> dict[str, np.ndarray]:
     else:
         key = jax.random.fold_in(jax.random.key(seed), PRIOR)
         z = np.asarray(sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS))
-    return model_at(problem, problem.prior_inputs, target.to_model(z)[None]).sites
+    return jax.tree.map(lambda x: x[None], named_values_at(problem, problem.prior_inputs, target.to_model(z)))
 
 
 def run_chains(
@@ -303,18 +302,11 @@ def _joined(runs: list[Draws]) -> Draws:
 
 def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
     """Log-likelihoods and named values at every draw of a finished run."""
-    value = model_at(problem, problem.near_inputs, problem.target.to_model(draws.z))
-    return Fit(problem, draws, convergence, value.log_likelihood, value.sites)
-
-
-def model_at(
-    problem: Problem, inputs: Inputs, z: Float[np.ndarray, "chain draw dim"], widths: PriorWidths = DEFAULT_WIDTHS
-) -> Values:
-    """The model at draws of the law's unconstrained space, arrays ``[chain, draw, ...]``."""
-    value = evaluate_points(
-        z.reshape(-1, z.shape[-1]), inputs, problem.observed, widths, law=problem.law, shapes=problem.shapes
-    )
-    return jax.tree.map(lambda x: x.reshape(*z.shape[:2], *x.shape[1:]), value)
+    flat, shape = draws.z.reshape(-1, draws.z.shape[-1]), draws.z.shape[:2]
+    values = named_values_at(problem, problem.near_inputs, problem.target.to_model(flat))
+    seen = log_likelihood_at(problem, flat, values=values)
+    seen, values = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (seen, values))
+    return Fit(problem, draws, convergence, seen, values)
 
 
 @Ahead

@@ -12,9 +12,9 @@ from scipy.special import logsumexp
 
 from escape_inference.cross_validation import pareto_limit, smoothed
 from escape_inference.evidence import Evidence, bridge_log_evidence
-from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, place_in_table
+from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, log_likelihood_at, place_in_table
 from escape_inference.importance import effective_share, importance_sample
-from escape_inference.inference import Fit, model_at, run_chains
+from escape_inference.inference import Fit, run_chains
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
 from escape_inference.student import at_points
@@ -118,8 +118,7 @@ def _sample(problem: Problem, widths: PriorWidths, z: np.ndarray, log_weight: np
     """Draws without weight are left out: ratios of their densities would be 0/0."""
     alive = np.isfinite(log_weight)
     z, log_weight = z[alive], log_weight[alive]
-    values = model_at(problem, problem.near_inputs, problem.target.to_model(z)[None], widths).log_likelihood[0]
-    return Sample(problem, widths, z, log_weight, values, evidence)
+    return Sample(problem, widths, z, log_weight, log_likelihood_at(problem, z, widths), evidence)
 
 
 def _resampled(z: np.ndarray, log_weight: np.ndarray, seed: int) -> np.ndarray:

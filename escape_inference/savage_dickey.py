@@ -6,12 +6,10 @@ with Z from bridge sampling and the integral over the other parameters φ by ada
 θ* along their regression; unlike a histogram of draws it reaches into the tail of the posterior, and its error is known.
 """
 
-from functools import lru_cache
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from scipy.stats import norm
 
 from escape_inference.cross_validation import pareto_limit
@@ -20,7 +18,7 @@ from escape_inference.exploration import Problem, densities, focus
 from escape_inference.importance import Weighted, importance_sample
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
-from escape_inference.student import LogDensity, at_points, call
+from escape_inference.student import LogDensity, at_points
 
 
 @float64
@@ -83,27 +81,15 @@ def integrate(
     """The integral of a density over all coordinates but one, from points near its mass; ``z`` of the result has all coordinates.
 
     >>> draws = np.random.default_rng(0).normal(size=(4000, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])
+    >>> import jax.numpy as jnp
     >>> precision = jnp.array(np.linalg.inv([[1.0, 0.8], [0.8, 1.0]]))
     >>> found = integrate(lambda x: -x @ precision @ x / 2, moved(draws, 0, 2.5), 0, 2.5)
     >>> density = found.log_evidence - np.log(2 * np.pi * 0.6)
     >>> abs(density - norm.logpdf(2.5)) < 4 * found.standard_error < 0.2
     True
     """
-    held, rest = _held(log_joint, column), np.delete(start, column, axis=1)
-    inputs = (jnp.asarray(point), data)
-    weight = at_points(held, rest, inputs)
-    found = importance_sample(held, rest, weight - weight.max(), data=inputs, draws=len(start))
-    return found._replace(z=np.insert(found.z, column, point, axis=1))
-
-
-@lru_cache(maxsize=16)
-def _held(log_joint: LogDensity, column: int) -> LogDensity:
-    """The density as a function of all coordinates but one; one function object for each, so that nothing compiles twice."""
-
-    def density(rest: Array, held: tuple[Array, Any]) -> Array:
-        point, data = held
-        return call(log_joint, jnp.concatenate([rest[:column], point[None], rest[column:]]), data)
-
-    if (text := getattr(log_joint, "stored_as", None)) is not None:
-        density.stored_as = f"{text} without {column}"  # type: ignore[attr-defined]
-    return density
+    complete = lambda rest: np.insert(rest, column, point, axis=1)
+    rest = np.delete(start, column, axis=1)
+    weight = at_points(log_joint, complete(rest), data)
+    found = importance_sample(log_joint, rest, weight - weight.max(), complete=complete, data=data, draws=len(start))
+    return found._replace(z=complete(found.z))

@@ -55,6 +55,12 @@ def fit_student(points: Float[Array, "point dim"], weights: Float[Array, " point
     return Student(mean, factor * jnp.sqrt((FREEDOM - 2) / FREEDOM))
 
 
+def normals(key: Array, count: int) -> Float[Array, " count"]:
+    """Standard normal numbers, made in a loop: the compiler would repeat their long computation wherever one of them is used."""
+    halves = jax.lax.map(lambda k: jax.random.normal(k, (-(-count // 2),)), jax.random.split(key))
+    return halves.ravel()[:count]
+
+
 def call(function: LogDensity, z: Array, data: Any) -> Array:
     return function(z) if data is None else function(z, data)
 

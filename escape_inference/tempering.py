@@ -16,7 +16,7 @@ from jax.scipy.special import log_ndtr, logsumexp
 from jaxtyping import Array, Float
 
 from escape_inference.programs import Ahead
-from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal
+from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal, normals
 
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
@@ -82,7 +82,7 @@ def tempered_log_evidences(
     ) -> tuple[_ChainState, Array]:
         """Metropolis-Hastings: with equal odds a local step (2.38**2 / d covariance) or a jump to the Student."""
         z = state.position.z
-        random = jax.random.normal(key, (z.size + FREEDOM + 2,), z.dtype)
+        random = normals(key, z.size + FREEDOM + 2)
         jump, log_uniform = random[-2] > 0, log_ndtr(random[-1])
         local = z + 2.38 / np.sqrt(z.size) * factor @ random[: z.size]
         student = Student(mean, factor * np.sqrt((FREEDOM - 2) / FREEDOM))

@@ -1,22 +1,34 @@
 """Processes that work side by side, each on a processor of its own, and keep what they have computed for the next question.
 
 JAX hands small pieces of work between its threads, which on two processors takes as long as the work itself; several processes with
-one thread each do not. This module imports nothing heavy, so that processes can be started before anything else.
+one thread each do not. This module imports nothing heavy, so that processes can be started before anything else; on Linux all are
+copies of one that has read the libraries already.
 """
 
 import os
 import signal
+import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from threading import Lock, Thread
 from types import TracebackType
 from typing import Any
 
 Say = Callable[[str], None]
+LIBRARIES = (
+    "numpyro",
+    "optax",
+    "arviz_stats",
+    "xarray",
+    "h5netcdf",
+    "pandas",
+    "scipy.stats",
+)  #: that start no threads of JAX
 
 
 def processors() -> list[int]:
@@ -24,9 +36,22 @@ def processors() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def _context() -> BaseContext:
+    """How processes are started; never as copies of this one, whose threads may hold locks."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context, name = get_context("forkserver"), "OPENBLAS_NUM_THREADS"
+    context.set_forkserver_preload(list(LIBRARIES))
+    before = os.environ.get(name)
+    os.environ[name] = "1"  # threads of one processor would wait for each other
+    forkserver.ensure_running()
+    os.environ.pop(name) if before is None else os.environ.update({name: before})
+    return context
+
+
 def processes(workers: int) -> ProcessPoolExecutor:
     """A pool of new processes for questions that are independent of each other."""
-    context = get_context("spawn")
+    context = _context()
     free = context.SimpleQueue()
     for share in _shares(workers):
         free.put(share)
@@ -36,8 +61,8 @@ def processes(workers: int) -> ProcessPoolExecutor:
 class Worker:
     """One process that answers one question at a time."""
 
-    def __init__(self, share: list[int], module: str) -> None:
-        context = get_context("spawn")
+    def __init__(self, share: list[int], module: str, context: Any = None) -> None:
+        context = context or _context()
         self._pipe, there = context.Pipe()
         self._turn = Lock()
         self._process = context.Process(target=_answer, args=(there, share, module), daemon=True)
@@ -84,7 +109,16 @@ class Workers:
 
     def __init__(self, most: int, module: str = "escape_inference.comparison") -> None:
         count = min(most, len(processors()))
-        self.all = [Worker(share, module) for share in _shares(count)] if count > 1 else []
+        context = _context()
+        start = lambda: [Worker(share, module, context) for share in _shares(count)] if count > 1 else []
+        aside = ThreadPoolExecutor(1)  # it takes as long as reading the libraries, which this process has to do, too
+        self._starting = aside.submit(start)
+        aside.shutdown(wait=False)
+
+    @property
+    def all(self) -> list[Worker]:
+        """The workers, as soon as they are there."""
+        return self._starting.result()
 
     def __enter__(self) -> "Workers":
         return self

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 import escape_inference as ei
-from escape_inference.exploration import densities, room_for
-from escape_inference.inference import build_problem, model_at, prepare
+from escape_inference.exploration import densities, log_likelihood_at, room_for
+from escape_inference.inference import build_problem, prepare
 from escape_inference.law import load_law
 from escape_inference.model import DEFAULT_WIDTHS, build_inputs, build_observations, sample_prior, site_shapes
 from escape_inference.precision import float64
@@ -33,7 +33,7 @@ def test_empty_conditions_change_nothing_and_tables_of_several_sizes_share_a_pro
         data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
         points = problem.particles[:50]
         found = at_points(densities(target.law, target.shapes)[2], points, data)
-        own = model_at(problem, problem.near_inputs, target.to_model(points)[None]).log_likelihood[0]
+        own = log_likelihood_at(problem, points)
         np.testing.assert_allclose(found, own.sum(axis=1), rtol=1e-9, atol=1e-9)
         everything[3] = 0.0  # left out: the others and nothing else remain
         data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
