@@ -1,11 +1,14 @@
 """The command line: ``escape-inference infer | compare | collect | report``."""
 
+import atexit
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -123,16 +126,21 @@ def compare(
 
     Example: escape-inference compare data/mnist_two_class.csv --laws power_law,arrhenius --output results
     """
-    _check_writable(output)
+    place = _check_writable(output)
     names = [name.strip() for name in laws.split(",") if name.strip()] if laws is not None else None
     if names is not None and not names:
         raise InputError("--laws names no law; give names separated by commas, or leave the option out")
     several = len(names) if names is not None else SHIPPED
-    with Workers(several) as workers, _progress(quiet) as say:
-        from escape_inference.comparison import compare as run
-        from escape_inference.inference import prepare
-        from escape_inference.law import load_laws
-        from escape_inference.posterior import save_tree, write_text
+    with (
+        Workers(several) as workers,
+        TemporaryDirectory(prefix=".escape-inference-", dir=place) as folder,
+        _progress(quiet) as say,
+    ):
+        with _reading():
+            from escape_inference.comparison import compare as run
+            from escape_inference.inference import prepare
+            from escape_inference.law import load_laws
+            from escape_inference.posterior import save_tree, write_text
 
         _keep_compiled_programs()
         if names is not None:
@@ -140,10 +148,11 @@ def compare(
         say("reading the table and checking for escape")
         prepared = prepare(table, seed=seed)
         settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
-        result = run(prepared, names, pooling=pooling, progress=say, workers=workers, **settings)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, tree in result.fits.items():
-        save_tree(tree, output / f"{name}.nc")
+        keep = lambda name, tree: save_tree(tree, Path(folder) / f"{name}.nc")  # while other laws are computed
+        result = run(prepared, names, pooling=pooling, progress=say, keep=keep, workers=workers, **settings)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in result.fits:
+            (Path(folder) / f"{name}.nc").replace(output / f"{name}.nc")
     write_text(output / "comparison.csv", result.table.to_csv())
     write_text(
         output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -221,6 +230,7 @@ def _keep_compiled_programs() -> None:
 
 def main() -> None:
     """Run the command line; exit code 0 done, 2 bad input or usage, 1 anything else (Ctrl-C, too)."""
+    atexit.register(gc.freeze)  # nothing is left to collect at the end
     try:
         app(standalone_mode=True)
     except InputError as error:
@@ -249,7 +259,12 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def _check_writable(output: Path) -> None:
+def _check_writable(output: Path) -> Path:
+    """The folder, or the nearest one above it that is there.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a folder")
     place = output
@@ -257,6 +272,18 @@ def _check_writable(output: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"--output {output}: no permission to write in {place}")
+    return place
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Without the garbage collector, which finds nothing among what modules define and looks for long."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _print_data(prepared: "Prepared") -> None:

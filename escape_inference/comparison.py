@@ -52,6 +52,7 @@ from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, de
 from escape_inference.workers import Worker, Workers, processors
 
 Progress = Callable[[str], None]
+Keep = Callable[[str, xr.DataTree], None]
 VARIANTS = {width: PriorWidths(width, width) for width in WIDTHS} | {NO_DISCREPANCY: PriorWidths(1.0, 1e-4)}
 PARALLEL = len(processors())
 COMPILED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -154,6 +155,7 @@ def compare(
     chains: int = CHAINS,
     pooling: str = "complete",
     progress: Progress | None = None,
+    keep: Keep | None = None,
     workers: Workers | None = None,
 ) -> Comparison:
     """Fit every law and compare them.
@@ -165,6 +167,7 @@ def compare(
         draws, warmup, chains: posterior draws and warm-up steps a chain, and chains.
         pooling: ``complete`` or ``partial``, as in :func:`~escape_inference.infer`.
         progress: called with a short text at every step.
+        keep: called with a law's name and its posterior as soon as that is known, by several threads perhaps.
         workers: processes that study laws given by name or path side by side, a :class:`~escape_inference.workers.Workers`;
             without them threads do.
 
@@ -174,7 +177,7 @@ def compare(
     Raises:
         InputError: bad table, law or setting, or a law that does not apply to the barriers in the table.
     """
-    say = progress or (lambda text: None)
+    say, keep = progress or (lambda text: None), keep or (lambda name, tree: None)
     laws = [laws] if isinstance(laws, str | Path | Law) else laws
     chosen = load_laws(laws) if laws is not None else None
     if laws is not None and not chosen:
@@ -193,18 +196,24 @@ def compare(
         return _assemble(prepared, chosen, {}, None)
     given = [law.name for law in chosen] if laws is None else [one for one in laws if not isinstance(one, Law)]
     if workers is not None and workers.all and len(given) == len(chosen):
-        found, again = _study_there(workers.all, chosen, given, prepared, settings, say)
+        found, again = _study_there(workers.all, chosen, given, prepared, settings, say, keep)
     else:
-        found, again = _study_here(chosen, prepared, settings, say)
+        found, again = _study_here(chosen, prepared, settings, say, keep)
     return _assemble(prepared, chosen, found, again)
 
 
 def _study_here(
-    laws: Sequence[Law], prepared: Prepared, settings: Settings, say: Progress
+    laws: Sequence[Law], prepared: Prepared, settings: Settings, say: Progress, keep: Keep
 ) -> tuple[dict[str, Findings], Again]:
     """Findings of every law, studied by threads, and what finds their scores without a discrepancy."""
     stages = Stages(say, settings)
-    results = side_by_side(lambda law: stages.study(law, prepared), laws, PARALLEL)
+
+    def study(law: Law) -> LawResult:
+        result = stages.study(law, prepared)
+        keep(law.name, result.tree)
+        return result
+
+    results = side_by_side(study, laws, PARALLEL)
     known = {law.name: result for law, result in zip(laws, results, strict=True)}
     return {name: result.findings for name, result in known.items()}, lambda name: known[name].without_discrepancy()
 
@@ -216,6 +225,7 @@ def _study_there(
     prepared: Prepared,
     settings: Settings,
     say: Progress,
+    keep: Keep,
 ) -> tuple[dict[str, Findings], Again]:
     """The same by processes, each of which keeps the laws that it studied; laws of many parameters first."""
     free: SimpleQueue[Worker] = SimpleQueue()
@@ -227,9 +237,11 @@ def _study_there(
     def study(law: Law) -> Findings:
         owner[law.name] = worker = free.get()
         try:
-            return worker.ask(_study, given[laws.index(law)], prepared, settings, programs, say=say)
+            findings = worker.ask(_study, given[laws.index(law)], prepared, settings, programs, say=say)
         finally:
             free.put(worker)
+        keep(law.name, findings.tree)
+        return findings
 
     order = sorted(laws, key=lambda law: -len(law.parameters))
     found = {law.name: one for law, one in zip(order, side_by_side(study, order, len(workers)), strict=True)}

@@ -18,7 +18,7 @@ References:
     Dau & Chopin, JRSS B 84, 114 (2022) (waste-free SMC).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,21 +63,6 @@ def agree(first: Evidence, second: Evidence) -> bool:
     difference = abs(first.log_evidence - second.log_evidence)
     error = float(np.hypot(first.standard_error, second.standard_error))
     return bool(difference <= MAX_ERRORS * error and difference <= MAX_NATS)
-
-
-def pooled(several: Sequence[Evidence]) -> Evidence:
-    """The mean of independent unbiased estimates of Z; its error is from their own or from their spread, whichever is larger.
-
-    >>> one = pooled([Evidence(-10.0, 0.2, "smc"), Evidence(-10.1, 0.2, "smc")])
-    >>> round(one.log_evidence, 2), round(one.standard_error, 2)
-    (-10.05, 0.14)
-    """
-    log_z = np.array([one.log_evidence for one in several])
-    errors = np.array([one.standard_error for one in several])
-    share = np.exp(log_z - log_z.max())
-    inner = np.sqrt(np.sum((share * errors) ** 2)) / share.sum()
-    outer = np.std(share, ddof=1) / np.mean(share) / np.sqrt(len(share)) if len(share) > 1 else 0.0
-    return Evidence(float(log_z.max() + np.log(share.mean())), float(max(inner, outer)), several[0].method)
 
 
 @float64
@@ -191,13 +176,14 @@ def smc(
     replicates: int = 4,
     target: float = 0.5,
     max_temperatures: int = 500,
+    wanted: float = 0.0,
     only_compile: bool = False,
 ) -> tuple[Evidence, Outcome | None]:
-    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior.
+    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior; fewer replicates where they give the error ``wanted``.
 
     With ``only_compile`` nothing is computed: the program for data of this shape is made in the background.
     """
-    arguments = data, jax.random.key(seed), jnp.asarray(target, jnp.float64)
+    arguments = data, jax.random.key(seed), jnp.asarray(target, jnp.float64), jnp.asarray(wanted, jnp.float64)
     static: dict[str, Any] = {
         "log_prior": log_prior,
         "log_likelihood": log_likelihood,
@@ -211,9 +197,4 @@ def smc(
         tempered_log_evidences.prepare(*arguments, **static)
         return Evidence(float("nan"), float("nan"), "smc"), None
     outcome: Outcome = tempered_log_evidences(*arguments, **static)
-    log_z, variance = np.asarray(outcome.log_evidence), outcome.variance
-    weights = np.exp(log_z - np.max(log_z))
-    spread = np.std(weights, ddof=1) / np.mean(weights) / np.sqrt(replicates)
-    theory = np.sqrt(np.mean(variance) / replicates)
-    log_evidence = float(np.max(log_z) + np.log(np.mean(weights)))
-    return Evidence(log_evidence, float(np.maximum(spread, theory)), "smc"), outcome
+    return Evidence(float(outcome.log_evidence), float(outcome.standard_error), "smc"), outcome

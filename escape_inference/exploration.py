@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from scipy.special import logsumexp
 
-from escape_inference.evidence import Evidence, pooled, smc
+from escape_inference.evidence import Evidence, smc
 from escape_inference.law import BUILT_IN_ORDER, Law, Parameter, built_in_laws
 from escape_inference.likelihood import Observations, marginal_log_likelihood
 from escape_inference.model import (
@@ -39,7 +39,7 @@ SMALLEST_ROOM = 40  #: conditions in the smallest program; compiling another tak
 PARTICLES = 2000
 BLOCK = 500
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
-MOST_RUNS = 3
+MOST_RUNS = 12
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
 EDGE = 0.9  #: of the near table, from which points are said to come to it
@@ -152,10 +152,6 @@ def explore(
             announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size)
     assert outcome is not None
-    known = [evidence]
-    while not evidence.standard_error < ERROR_WANTED and len(known) < MOST_RUNS:
-        known.append(_tempered(scout.target, observed, seed + 7919 * len(known), size)[0])
-        evidence = pooled(known)
     z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
     weight = np.asarray(outcome.weights).ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
@@ -170,7 +166,8 @@ def _tempered(
 ) -> tuple[Evidence, Outcome | None]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
     data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
-    return smc(log_prior, log_likelihood, from_prior, data, seed, particles=size, only_compile=only_compile)
+    options: dict[str, Any] = {"particles": size, "replicates": MOST_RUNS, "wanted": ERROR_WANTED}
+    return smc(log_prior, log_likelihood, from_prior, data, seed, only_compile=only_compile, **options)
 
 
 def _blank(problem: Problem, extent: str) -> Target:

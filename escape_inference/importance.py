@@ -50,8 +50,8 @@ def effective_share(log_weight: Float[np.ndarray, " draw"], power: float = 1.0) 
     >>> effective_share(np.log([1.0, 1.0, 0.0, 0.0] + np.full(4, 1e-300)))
     0.5
     """
-    tempered = power * log_weight
-    return float(np.exp(2 * logsumexp(tempered) - logsumexp(2 * tempered)) / len(log_weight))
+    weight = np.exp(power * (log_weight - log_weight.max()))
+    return float(weight.sum() ** 2 / (weight @ weight) / len(log_weight))
 
 
 def importance_sample(

@@ -26,7 +26,7 @@ OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated 
 
 
 class Sample(NamedTuple):
-    """Weighted draws of a posterior: points of the target, log-likelihoods, log evidence."""
+    """Weighted draws of a posterior: points of the target, log-likelihoods, log evidence; the log joint density, if it is kept."""
 
     problem: Problem
     widths: PriorWidths
@@ -34,26 +34,31 @@ class Sample(NamedTuple):
     log_weight: Float[np.ndarray, " draw"]
     log_likelihood: Float[np.ndarray, "draw condition"]
     evidence: Evidence
+    log_joint: Float[np.ndarray, " draw"] | None = None
 
 
 @float64
 def first_sample(fit: Fit, seed: int) -> Sample:
     """The posterior draws of a fit, with the evidence by bridge sampling."""
     z, problem, widths = fit.draws.z, fit.problem, PriorWidths()
-    target = problem.target
-    data = _data(problem, np.ones(len(problem.observed.escapes)), widths)
+    target, everything = problem.target, np.ones(len(problem.observed.escapes))
+    data = _data(problem, everything, widths)
     evidence = bridge_log_evidence(densities(target.law, target.shapes)[0], z, data=data, seed=seed)
     flat, values = z.reshape(-1, z.shape[-1]), fit.log_likelihood.reshape(-1, fit.log_likelihood.shape[-1])
-    return Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence)
+    joint = _log_joint(problem, flat, everything, widths)
+    return Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence, joint)
 
 
 @float64
 def with_prior(sample: Sample, widths: PriorWidths, *, seed: int, warmup: int, chains: int) -> Sample:
     """The posterior under a prior of other widths."""
     everything = np.ones(sample.log_likelihood.shape[1])
-    before, after = (_log_joint(sample.problem, sample.z, everything, w) for w in (sample.widths, widths))
+    after, before = _log_joint(sample.problem, sample.z, everything, widths), sample.log_joint
+    if before is None:
+        before = _log_joint(sample.problem, sample.z, everything, sample.widths)
     log_ratio = sample.log_weight + after - before
-    return _redraw(sample, log_ratio, everything, widths, draws=len(sample.z), seed=seed, warmup=warmup, chains=chains)
+    draws = len(sample.z) // 2  # independent ones, worth more than those of a chain
+    return _redraw(sample, log_ratio, everything, widths, draws=draws, seed=seed, warmup=warmup, chains=chains)
 
 
 @float64

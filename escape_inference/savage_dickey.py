@@ -91,5 +91,7 @@ def integrate(
     complete = lambda rest: np.insert(rest, column, point, axis=1)
     rest = np.delete(start, column, axis=1)
     weight = at_points(log_joint, complete(rest), data)
-    found = importance_sample(log_joint, rest, weight - weight.max(), complete=complete, data=data, draws=len(start))
+    found = importance_sample(
+        log_joint, rest, weight - weight.max(), complete=complete, data=data, draws=len(start) // 2
+    )
     return found._replace(z=complete(found.z))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from escape_inference.programs import Ahead
 from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal, normals
 
+FEWEST = 4  # runs from whose spread an error is estimated
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
 
@@ -43,10 +44,10 @@ class _Plan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of each run: log evidence, the relative variance that its chains imply, its last particles and their weights."""
+    """Log evidence and its error from all runs, and of each run the last particles and their weights (0 of runs that were not needed)."""
 
-    log_evidence: Float[Array, " replicate"]
-    variance: Float[Array, " replicate"]
+    log_evidence: Float[Array, ""]
+    standard_error: Float[Array, ""]
     particles: Float[Array, "replicate particle dim"]
     weights: Float[Array, "replicate particle"]
 
@@ -62,6 +63,7 @@ def tempered_log_evidences(
     data: Any,
     key: Array,
     target: Array,
+    wanted: Array,
     *,
     log_prior: LogDensity,
     log_likelihood: LogDensity,
@@ -71,7 +73,7 @@ def tempered_log_evidences(
     replicates: int,
     steps: int,
 ) -> Outcome:
-    """Tempered runs from the prior to the posterior; the pilot's own outcome is left out."""
+    """Tempered runs from the prior to the posterior, ``FEWEST`` or as many up to ``replicates`` as give the ``wanted`` error; the pilot's own outcome is left out."""
 
     def particle(z: Array) -> _Particle:
         likelihood = call(log_likelihood, z, data)
@@ -114,7 +116,7 @@ def tempered_log_evidences(
 
         return state.tempering_param + dichotomy(excess, zero, 1 - state.tempering_param)
 
-    def run(plan: _Plan, number: Array) -> tuple[_Plan, tuple[Array, ...]]:
+    def run(plan: _Plan, number: Array) -> tuple[_Plan, Array, Array, Array, Array]:
         """One run. Run 0 is the pilot: it makes the plan of temperatures and proposals that the others follow."""
         key_prior, key_steps = jax.random.split(jax.random.fold_in(key, number))
         prior_draws = jax.vmap(lambda k: call(sample_prior, k, data))(jax.random.split(key_prior, particles))
@@ -138,10 +140,43 @@ def tempered_log_evidences(
 
         start = (state, zero, zero, plan, jnp.asarray(0))
         state, log_z, variance, plan, _ = jax.lax.while_loop(unfinished, temper, start)
-        return plan, (jnp.where(state.tempering_param < 1, jnp.nan, log_z), variance, state.particles.z, state.weights)
+        log_z = jnp.where(state.tempering_param < 1, jnp.nan, log_z)
+        return plan, log_z, variance, state.particles.z, state.weights
+
+    def repeat(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, plan, *rest = carry
+        plan, *found = run(plan, number)
+        place = jnp.maximum(number - 1, 0)  # the pilot's is written over
+        return number + 1, plan, *(x.at[place].set(y) for x, y in zip(rest, found, strict=True))
+
+    def unsure(carry: tuple[Any, ...]) -> Array:
+        number, _, log_z, variance, *_ = carry
+        error = combined(log_z, variance, number - 1)[1]
+        return (number <= replicates) & ((number <= min(FEWEST, replicates)) | ~(error < wanted))
 
     zero = jnp.zeros((), target.dtype)
     dim = jax.eval_shape(lambda: call(sample_prior, key, data)).shape[-1]
-    empty = _Plan(*(jnp.zeros((steps, *shape), target.dtype) for shape in ((), (dim,), (dim, dim))))
-    _, outcome = jax.lax.scan(run, empty, jnp.arange(replicates + 1))
-    return Outcome(*(x[1:] for x in outcome))
+    room = lambda size, *shapes: tuple(jnp.zeros((size, *shape), target.dtype) for shape in shapes)
+    plan = _Plan(*room(steps, (), (dim,), (dim, dim)))
+    start: tuple[Any, ...] = jnp.asarray(0), plan, *room(replicates, (), (), (particles, dim), (particles,))
+    number, _, log_z, variance, points, weights = jax.lax.while_loop(unsure, repeat, start)
+    return Outcome(*combined(log_z, variance, number - 1), points, weights)
+
+
+def combined(
+    log_z: Float[Array, " replicate"], variance: Float[Array, " replicate"], count: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Logarithm of the mean of the first ``count`` evidences, and its standard error: from their spread or from the relative ``variance`` of each, whichever is larger.
+
+    >>> several = jnp.log(jnp.array([1.0, 3.0, 2.0, 100.0]))
+    >>> mean, error = combined(several, jnp.zeros(4), jnp.asarray(3))
+    >>> round(float(jnp.exp(mean)), 3), round(float(error), 3)  # a mean of 2 with a standard deviation of 1
+    (2.0, 0.289)
+    """
+    done = jnp.arange(len(log_z)) < count
+    top = jnp.max(jnp.where(done, log_z, -jnp.inf))
+    share = jnp.where(done, jnp.exp(log_z - top), 0.0)
+    mean = jnp.sum(share) / count
+    spread = jnp.sum(jnp.where(done, (share / mean - 1) ** 2, 0.0)) / jnp.maximum(count - 1, 1)
+    theory = jnp.sum(jnp.where(done, variance, 0.0)) / count
+    return top + jnp.log(mean), jnp.sqrt(jnp.maximum(spread, theory) / count)

@@ -5,6 +5,7 @@ one thread each do not. This module imports nothing heavy, so that processes can
 copies of one that has read the libraries already.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -149,6 +150,7 @@ def _answer(pipe: Connection, share: list[int], module: str) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     _settle(share)
     import_module(module)
+    gc.freeze()  # nothing of the modules is to be collected
     with suppress(EOFError, BrokenPipeError):
         while True:
             function, arguments = pipe.recv()
