@@ -4,6 +4,7 @@ import atexit
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,12 +72,13 @@ def infer(
 
     Example: escape-inference infer data/mnist_two_class.csv --law power_law --output results
     """
-    from escape_inference import inference
-    from escape_inference import law as laws
-    from escape_inference.identification import identifiability
-    from escape_inference.posterior import parameters_of, save_tree
-    from escape_inference.prediction import critical_learning_rates
-    from escape_inference.trends import residual_trends, trend_sentence
+    with _reading():
+        from escape_inference import inference
+        from escape_inference import law as laws
+        from escape_inference.identification import identifiability
+        from escape_inference.posterior import parameters_of, save_tree
+        from escape_inference.prediction import critical_learning_rates
+        from escape_inference.trends import residual_trends, trend_sentence
 
     _check_writable(output)
     _keep_compiled_programs()
@@ -131,11 +133,7 @@ def compare(
     if names is not None and not names:
         raise InputError("--laws names no law; give names separated by commas, or leave the option out")
     several = len(names) if names is not None else SHIPPED
-    with (
-        Workers(several) as workers,
-        TemporaryDirectory(prefix=".escape-inference-", dir=place) as folder,
-        _progress(quiet) as say,
-    ):
+    with Workers(several) as workers, _progress(quiet) as say:
         with _reading():
             from escape_inference.comparison import compare as run
             from escape_inference.inference import prepare
@@ -148,11 +146,12 @@ def compare(
         say("reading the table and checking for escape")
         prepared = prepare(table, seed=seed)
         settings = {"seed": seed, "draws": draws, "warmup": warmup, "chains": chains}
-        keep = lambda name, tree: save_tree(tree, Path(folder) / f"{name}.nc")  # while other laws are computed
-        result = run(prepared, names, pooling=pooling, progress=say, keep=keep, workers=workers, **settings)
-        output.mkdir(parents=True, exist_ok=True)
-        for name in result.fits:
-            (Path(folder) / f"{name}.nc").replace(output / f"{name}.nc")
+        with TemporaryDirectory(prefix=".escape-inference-", dir=place) as folder:
+            keep = lambda name, tree: save_tree(tree, Path(folder) / f"{name}.nc")  # while other laws are computed
+            result = run(prepared, names, pooling=pooling, progress=say, keep=keep, workers=workers, **settings)
+            output.mkdir(parents=True, exist_ok=True)
+            for name in result.fits:
+                (Path(folder) / f"{name}.nc").replace(output / f"{name}.nc")
     write_text(output / "comparison.csv", result.table.to_csv())
     write_text(
         output / "comparison.json", json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -277,13 +276,19 @@ def _check_writable(output: Path) -> Path:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Without the garbage collector, which finds nothing among what modules define and looks for long."""
+    """While libraries are read: Ctrl-C waits, as some cannot be stopped halfway, and so does the garbage collector, which would look
+    for long and find nothing."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        signal.signal(signal.SIGINT, before)
+    if pressed and before is not signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 def _print_data(prepared: "Prepared") -> None:

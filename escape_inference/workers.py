@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from threading import Lock, Thread
@@ -43,10 +43,12 @@ def _context() -> BaseContext:
         return get_context("spawn")
     context, name = get_context("forkserver"), "OPENBLAS_NUM_THREADS"
     context.set_forkserver_preload(list(LIBRARIES))
-    before = os.environ.get(name)
+    resource_tracker.ensure_running()  # it would let the signal through again
+    before, mask = os.environ.get(name), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ[name] = "1"  # threads of one processor would wait for each other
-    forkserver.ensure_running()
+    forkserver.ensure_running()  # Ctrl-C is not for it, even while it reads
     os.environ.pop(name) if before is None else os.environ.update({name: before})
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return context
 
 
@@ -110,7 +112,7 @@ class Workers:
 
     def __init__(self, most: int, module: str = "escape_inference.comparison") -> None:
         count = min(most, len(processors()))
-        context = _context()
+        context = _context() if count > 1 else None
         start = lambda: [Worker(share, module, context) for share in _shares(count)] if count > 1 else []
         aside = ThreadPoolExecutor(1)  # it takes as long as reading the libraries, which this process has to do, too
         self._starting = aside.submit(start)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,23 +75,26 @@ def test_report_draws_a_page_from_the_results(folder, compared):
     assert "power_law" in page
 
 
-def test_ctrl_c_stops_everything_with_one_line_and_writes_nothing(folder):
+@pytest.mark.parametrize("after", ["importing", "reading", "posterior"])
+def test_ctrl_c_stops_everything_with_one_line_and_writes_nothing(folder, after):
     listening = (  # a shell's background job, and so its children, would ignore Ctrl-C
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from escape_inference.cli import main; main()"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from escape_inference.cli import main; print('importing', file=sys.stderr, flush=True); main()"
     )
     command = [sys.executable, "-c", listening, "compare", "table.csv", "--output", "stopped"]
+    before = sorted(folder.iterdir())
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "posterior" in line:
+            if after in line:
+                time.sleep(0.3)
                 os.killpg(process.pid, signal.SIGINT)
                 break
         rest = process.stderr.read().splitlines()
     assert process.returncode == 1
     assert rest[-1] == "escape-inference: stopped; nothing half-written is left"
     assert "Traceback" not in "".join(rest)
-    assert not (folder / "stopped").exists()
+    assert sorted(folder.iterdir()) == before
 
 
 def test_bad_input_is_one_message_exit_code_two_and_nothing_written(folder):
