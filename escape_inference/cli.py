@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Timer
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -230,6 +232,8 @@ def _keep_compiled_programs() -> None:
 def main() -> None:
     """Run the command line; exit code 0 done, 2 bad input or usage, 1 anything else (Ctrl-C, too)."""
     atexit.register(gc.freeze)  # nothing is left to collect at the end
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app(standalone_mode=True)
     except InputError as error:
@@ -243,6 +247,14 @@ def main() -> None:
     except OSError as error:
         print(f"escape-inference: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C; a moment later where JAX is called by the garbage collector, which takes no exceptions."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        Timer(0.01, signal.raise_signal, (number,)).start()
+    else:
+        raise KeyboardInterrupt
 
 
 @contextmanager
