@@ -18,13 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.looks import (
     RECORD,
+    LossesOf,
     Seen,
     Tally,
     World,
     asks,
     crossed,
-    full_loss,
-    screen_loss,
     second_look,
 )
 from escape_inference.trainers.rounds import DONORS, Extinct, Round
@@ -59,21 +58,22 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_lef
             looked = alive & (step % world.check_interval == 0)
 
             def full() -> Array:
-                one = lambda own: full_loss(recipe, own, world)
+                one = lambda own: LossesOf(recipe, own, world).full()
                 return jax.vmap(one)(params) if together is None else jax.lax.map(one, params, batch_size=together)
 
             loss = jax.lax.cond(jnp.any(looked), full, lambda: nan)
             loss = jnp.where(looked, loss, jnp.nan)
             return seen._replace(first=loss, second=loss, loss=loss), looked
-        screen = world.screens[0]
-        first = jnp.where(alive, jax.vmap(lambda own: screen_loss(recipe, own, screen))(params), jnp.nan)
-        seen = seen._replace(first=first, probability=asks(first, screen.limits, 1, step % world.monitor == 0))
+        first = jnp.where(alive, jax.vmap(lambda own: LossesOf(recipe, own, world).screen(0))(params), jnp.nan)
+        seen = seen._replace(
+            first=first, probability=asks(first, world.screens[0].limits, 1, step % world.monitor == 0)
+        )
 
         def one_lane(carry: tuple) -> tuple:
             waiting, seen = carry
             lane = jnp.argmax(waiting)
             own, here = jax.tree.map(lambda leaf: leaf[lane], (params, seen))
-            here = second_look(recipe, own, here, uniform[lane], step, world)
+            here = second_look(LossesOf(recipe, own, world), here, uniform[lane], step, world)
             return waiting.at[lane].set(False), jax.tree.map(lambda all_, one: all_.at[lane].set(one), seen, here)
 
         waiting = alive & (uniform < seen.probability)

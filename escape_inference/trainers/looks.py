@@ -13,7 +13,8 @@ and Thompson 1952), the crossings found there estimate without bias how many wer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ MEMORY_OF_GATE = 0.75
 """Weight of the past in the running mean of the batch losses."""
 RECORD = 7
 """Numbers kept of a full look: iteration, slot, gate, first and second screen, full loss, probability of the look."""
+CAPACITY = 64
+"""Full looks of one piece that are kept."""
 
 
 class Limits(NamedTuple):
@@ -58,6 +61,16 @@ class Screen(NamedTuple):
     limits: Limits
 
 
+class Compact(NamedTuple):
+    """The inputs without the columns that are zero in every sample, and what ``blocks.py`` needs of the screens.
+
+    For each screen its own rows, and the products of every sample's row with those.
+    """
+
+    rows: Float[Array, "n inputs"]
+    screens: tuple[tuple[Float[Array, "m inputs"], Float[Array, "n m"]], ...]
+
+
 class World(NamedTuple):
     """The numbers and arrays of a measurement; ``monitor`` is the interval of scheduled full looks."""
 
@@ -69,6 +82,7 @@ class World(NamedTuple):
     check_interval: Int[Array, ""]
     gate: Gate | None
     screens: tuple[Screen, Screen] | None
+    compact: Compact | None = None
 
 
 class Seen(NamedTuple):
@@ -81,15 +95,32 @@ class Seen(NamedTuple):
     probability: Float[Array, ""]
 
 
-def screen_loss(recipe: Recipe, params: PyTree, screen: Screen) -> Float[Array, ""]:
-    """The screen's estimate of the full-batch loss."""
-    losses = sample_losses(recipe.apply, recipe.loss, params, screen.inputs, screen.targets)
-    return jnp.sum(screen.weights * losses).astype(jnp.float32)
+class Losses(Protocol):
+    """The losses of one state that a look may ask for."""
+
+    def screen(self, stage: int) -> Float[Array, ""]:
+        """The estimate of the full-batch loss by the first (0) or the second (1) screen."""
+
+    def full(self) -> Float[Array, ""]:
+        """The full-batch loss."""
 
 
-def full_loss(recipe: Recipe, params: PyTree, world: World) -> Float[Array, ""]:
-    """The full-batch loss."""
-    return recipe.mean_loss(params, world.inputs, world.targets).astype(jnp.float32)
+@dataclass(frozen=True)
+class LossesOf:
+    """Losses computed from the parameters."""
+
+    recipe: Recipe
+    params: PyTree
+    world: World
+
+    def screen(self, stage: int) -> Float[Array, ""]:
+        assert self.world.screens is not None
+        screen = self.world.screens[stage]
+        losses = sample_losses(self.recipe.apply, self.recipe.loss, self.params, screen.inputs, screen.targets)
+        return jnp.sum(screen.weights * losses).astype(jnp.float32)
+
+    def full(self) -> Float[Array, ""]:
+        return self.recipe.mean_loss(self.params, self.world.inputs, self.world.targets).astype(jnp.float32)
 
 
 def asks(value: Array, limits: Limits, stage: int, always: Bool[Array, ""]) -> Array:
@@ -98,36 +129,29 @@ def asks(value: Array, limits: Limits, stage: int, always: Bool[Array, ""]) -> A
     return jnp.where(always | ~(value < limits.threshold), 1.0, low)
 
 
-def second_look(
-    recipe: Recipe, params: PyTree, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World
-) -> Seen:
+def second_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World) -> Seen:
     """The second screen, and the full loss where that asks for it.
 
     ``seen.probability`` is the one with which the stages before asked; ``uniform`` is below it.
     """
     assert world.screens is not None
-    second = screen_loss(recipe, params, world.screens[1])
+    second = losses.screen(1)
     probability = seen.probability * asks(second, world.screens[1].limits, 2, step % world.monitor == 0)
-    loss = jax.lax.cond(uniform < probability, lambda: full_loss(recipe, params, world), lambda: seen.loss)
+    loss = jax.lax.cond(uniform < probability, losses.full, lambda: seen.loss)
     return seen._replace(second=second, loss=loss, probability=probability)
 
 
-def first_look(
-    recipe: Recipe, params: PyTree, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World
-) -> Seen:
+def first_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World) -> Seen:
     """The first screen, and the second where that asks for it."""
     assert world.screens is not None
-    first = screen_loss(recipe, params, world.screens[0])
+    first = losses.screen(0)
     probability = seen.probability * asks(first, world.screens[0].limits, 1, step % world.monitor == 0)
     seen = seen._replace(first=first, probability=probability)
-    return jax.lax.cond(
-        uniform < probability, lambda: second_look(recipe, params, seen, uniform, step, world), lambda: seen
-    )
+    return jax.lax.cond(uniform < probability, lambda: second_look(losses, seen, uniform, step, world), lambda: seen)
 
 
 def look(
-    recipe: Recipe,
-    params: PyTree,
+    losses: Losses,
     gate: Float[Array, ""],
     uniform: Float[Array, ""],
     step: Int[Array, ""],
@@ -138,13 +162,13 @@ def look(
     seen = Seen(gate, nan, nan, nan, jnp.ones((), jnp.float32))
     if world.screens is None:
         looked = step % world.check_interval == 0
-        loss = jax.lax.cond(looked, lambda: full_loss(recipe, params, world), lambda: nan)
+        loss = jax.lax.cond(looked, losses.full, lambda: nan)
         return seen._replace(first=loss, second=loss, loss=loss), looked
     if world.gate is not None:
         always = (step % world.monitor == 0) | (step % SAMPLE_INTERVAL == 0)
         seen = seen._replace(probability=asks(gate, world.gate.limits, 0, always))
     seen = jax.lax.cond(
-        uniform < seen.probability, lambda: first_look(recipe, params, seen, uniform, step, world), lambda: seen
+        uniform < seen.probability, lambda: first_look(losses, seen, uniform, step, world), lambda: seen
     )
     return seen, uniform < seen.probability
 
@@ -214,3 +238,20 @@ class Tally(NamedTuple):
 def crossed(seen: Seen, looked: Bool[Array, "*r"], world: World) -> Bool[Array, "*r"]:
     """Above the barrier, or not a number: a run that diverged has escaped."""
     return looked & ~(seen.loss <= world.barrier)
+
+
+def watch(
+    losses: Losses, gate: Array, uniform: Array, step: Array, slot: Array, tally: Tally, records: Array, world: World
+) -> tuple[Array, Tally, Array]:
+    """Whether a replica escaped at this iteration, and the sums and full looks with this one."""
+    seen, looked = look(losses, gate, uniform, step, world)
+    escaped = crossed(seen, looked, world)
+    row = jnp.stack([step, slot, *seen])
+    keep = looked & (step % world.monitor == 0) if world.screens is None else looked
+    records = jax.lax.cond(keep, lambda: jnp.roll(records, 1, axis=0).at[0].set(row), lambda: records)
+    return escaped, tally.add(seen, looked, escaped, step, world), records
+
+
+def no_records() -> Float[Array, "kept record"]:
+    """Room for the full looks of one piece."""
+    return jnp.full((CAPACITY, RECORD), jnp.nan, jnp.float32)

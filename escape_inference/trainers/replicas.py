@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from escape_inference.trainers.looks import MEMORY_OF_GATE, RECORD, Tally, World, crossed, look
+from escape_inference.trainers.blocks import Blocks, make_blocks
+from escape_inference.trainers.looks import MEMORY_OF_GATE, RECORD, LossesOf, Tally, World, no_records, watch
 from escape_inference.trainers.rounds import DONORS, Extinct, Round
 from escape_inference.trainers.sgd import Recipe, slot_key
 
-CAPACITY = 64
-"""Full looks of one piece that are kept."""
 SHORTEST, LONGEST = 16, 128
 """Iterations of one round."""
 
@@ -34,7 +33,7 @@ def compiled_piece(recipe: Recipe) -> Callable:
     """``(state, slot, step, end, watch, key, world) -> (state, step, escaped, tally, records)``, compiled."""
 
     def piece(
-        state: PyTree, slot: Array, step: Array, end: Array, watch: Array, key: PRNGKeyArray, world: World
+        state: PyTree, slot: Array, step: Array, end: Array, watched: Array, key: PRNGKeyArray, world: World
     ) -> tuple[PyTree, Array, Array, Tally, Array]:
         samples = world.inputs.shape[0]
         stream = slot_key(key, slot)
@@ -50,22 +49,17 @@ def compiled_piece(recipe: Recipe) -> Callable:
             )
             gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * batch_loss.astype(jnp.float32)
 
-            def watched(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
-                seen, looked = look(recipe, inner[0], gate, uniform, step, world)
-                escaped = crossed(seen, looked, world)
-                row = jnp.stack([step, slot, *seen])
-                keep = looked & (step % world.monitor == 0) if world.screens is None else looked
-                records = jax.lax.cond(keep, lambda: jnp.roll(records, 1, axis=0).at[0].set(row), lambda: records)
-                return escaped, tally.add(seen, looked, escaped, step, world), records
+            def looked_at(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
+                losses = LossesOf(recipe, inner[0], world)
+                return watch(losses, gate, uniform, step, slot, tally, records, world)
 
             escaped, tally, records = jax.lax.cond(
-                watch, watched, lambda tally, records: (jnp.array(False), tally, records), tally, records
+                watched, looked_at, lambda tally, records: (jnp.array(False), tally, records), tally, records
             )
             return (inner, gate), step, escaped, order, tally, records
 
         order = recipe.order(stream, step + 1, samples)
-        records = jnp.full((CAPACITY, RECORD), jnp.nan, jnp.float32)
-        carry = (state, step, jnp.array(False), order, Tally.zero(), records)
+        carry = (state, step, jnp.array(False), order, Tally.zero(), no_records())
         state, step, escaped, _, tally, records = jax.lax.while_loop(lambda c: (c[1] < end) & ~c[2], body, carry)
         return state, step, escaped, tally, records
 
@@ -111,6 +105,8 @@ class Replicas:
         self.replica_batch = replica_batch or replicas
         self.threads = threads
         self._piece = compiled_piece(recipe)
+        self._inputs: Array | None = None
+        self._blocks: Blocks | None = None
 
     def running(self) -> bool:
         return any(self.alive)
@@ -124,9 +120,17 @@ class Replicas:
             return LONGEST
         return min(max(replica_steps // (4 * (escapes + 1)), SHORTEST), LONGEST)
 
+    def _in_blocks(self, world: World) -> World:
+        """The world with what pieces in blocks need, where they serve."""
+        if self._inputs is not world.inputs:
+            self._inputs = world.inputs
+            self._blocks = make_blocks(self.recipe, self.states[0][0][0], world.inputs)
+        return self._blocks.world(world) if self._blocks is not None and self._blocks.serves(world) else world
+
     def _run(self, world: World, state: PyTree, slot: int, start: int, end: int, watch: bool = True) -> _Piece:
         arguments = (jnp.uint32(slot), jnp.int32(start), jnp.int32(end), jnp.array(watch), self.key, world)
-        new, step, escaped, tally, records = self._piece(state, *arguments)
+        piece = self._piece if world.compact is None or self._blocks is None else self._blocks.piece
+        new, step, escaped, tally, records = piece(state, *arguments)
         kept = np.asarray(records)
         kept = kept[np.isfinite(kept[:, 0])][::-1]
         return _Piece(state, start, new, int(step), bool(escaped), jax.tree.map(np.asarray, tally), kept)
@@ -151,6 +155,7 @@ class Replicas:
             Extinct: every replica escaped at the same iteration, so that nothing is left to copy.
         """
         slots = [slot for slot, alive in enumerate(self.alive) if alive]
+        world = self._in_blocks(world)
         pool = ThreadPoolExecutor(self.threads)
         try:
             jobs = [(world, self.states[slot], slot, self.step, end) for slot in slots]
