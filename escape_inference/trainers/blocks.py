@@ -92,13 +92,18 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
         def batch_loss(others: PyTree, product: Array, targets: Array) -> Array:
             return jnp.mean(jax.vmap(recipe.loss)(layer.rest(params, others, product), targets))
 
-        def draw(order: Array | None, step: Array) -> tuple[Array | None, tuple[Array, Array]]:
+        def renewed(order: Array | None, step: Array) -> tuple[Array | None, tuple[Array, Array]]:
             order = recipe.renew(order, stream, step, samples)
             return order, recipe.draw(stream, step, order, samples)
 
+        def draw(order: Array | None, steps: Array) -> tuple[Array | None, tuple[Array, Array]]:
+            if recipe.with_replacement:
+                return None, jax.vmap(recipe.draw, (None, 0, None, None))(stream, steps, None, samples)
+            return jax.lax.scan(renewed, order, steps)
+
         def block(carry: tuple) -> tuple:
             matrix, others, gate, step, escaped, order, tally, records, known = carry
-            order, (indices, uniforms) = jax.lax.scan(draw, order, step + 1 + jnp.arange(length, dtype=step.dtype))
+            order, (indices, uniforms) = draw(order, step + 1 + jnp.arange(length, dtype=step.dtype))
             chosen, targets = indices.reshape(-1), world.targets[indices]
             inputs = rows[chosen]
             at_start = inputs @ matrix
@@ -119,12 +124,8 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
                 slopes = jax.lax.dynamic_update_slice_in_dim(slopes, slope, place, 0)
                 gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * loss.astype(jnp.float32)
 
-                def looked_at(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
-                    here = losses(others, slopes)
-                    return watch(here, gate, uniforms[done], step + done + 1, slot, tally, records, world)
-
-                escaped, tally, records = jax.lax.cond(
-                    watched, looked_at, lambda tally, records: (jnp.array(False), tally, records), tally, records
+                escaped, tally, records = watch(
+                    watched, losses(others, slopes), gate, uniforms[done], step + done + 1, slot, tally, records, world
                 )
                 return done + 1, others, slopes, gate, escaped, tally, records
 

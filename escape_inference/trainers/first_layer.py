@@ -64,7 +64,9 @@ class FirstLayer:
         """The inverse of ``take``; the rows that are not used are those of ``params``."""
         leaves, structure = jax.tree.flatten(params)
         split = self._split(structure, leaves, 1)
-        whole = split.matrix(leaves[split.leaf]).at[jnp.asarray(self.used)].set(matrix)
+        whole = split.matrix(leaves[split.leaf])
+        used = np.isin(np.arange(len(whole)), self.used)
+        whole = jnp.where(used[:, None], matrix[np.maximum(np.cumsum(used) - 1, 0)], whole)
         rest = jax.tree.leaves(others)
         return jax.tree.unflatten(
             structure, [*rest[: split.leaf], split.as_leaf(whole, leaves[split.leaf]), *rest[split.leaf :]]

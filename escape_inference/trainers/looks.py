@@ -129,6 +129,13 @@ def asks(value: Array, limits: Limits, stage: int, always: Bool[Array, ""]) -> A
     return jnp.where(always | ~(value < limits.threshold), 1.0, low)
 
 
+def gate_asks(gate: Float[Array, ""], step: Int[Array, ""], world: World) -> Float[Array, ""]:
+    """Probability with which the first screen is computed."""
+    if world.gate is None:
+        return jnp.ones((), jnp.float32)
+    return asks(gate, world.gate.limits, 0, (step % world.monitor == 0) | (step % SAMPLE_INTERVAL == 0))
+
+
 def second_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World) -> Seen:
     """The second screen, and the full loss where that asks for it.
 
@@ -164,9 +171,7 @@ def look(
         looked = step % world.check_interval == 0
         loss = jax.lax.cond(looked, losses.full, lambda: nan)
         return seen._replace(first=loss, second=loss, loss=loss), looked
-    if world.gate is not None:
-        always = (step % world.monitor == 0) | (step % SAMPLE_INTERVAL == 0)
-        seen = seen._replace(probability=asks(gate, world.gate.limits, 0, always))
+    seen = seen._replace(probability=gate_asks(gate, step, world))
     seen = jax.lax.cond(
         uniform < seen.probability, lambda: first_look(losses, seen, uniform, step, world), lambda: seen
     )
@@ -241,15 +246,32 @@ def crossed(seen: Seen, looked: Bool[Array, "*r"], world: World) -> Bool[Array, 
 
 
 def watch(
-    losses: Losses, gate: Array, uniform: Array, step: Array, slot: Array, tally: Tally, records: Array, world: World
-) -> tuple[Array, Tally, Array]:
-    """Whether a replica escaped at this iteration, and the sums and full looks with this one."""
-    seen, looked = look(losses, gate, uniform, step, world)
-    escaped = crossed(seen, looked, world)
-    row = jnp.stack([step, slot, *seen])
-    keep = looked & (step % world.monitor == 0) if world.screens is None else looked
-    records = jax.lax.cond(keep, lambda: jnp.roll(records, 1, axis=0).at[0].set(row), lambda: records)
-    return escaped, tally.add(seen, looked, escaped, step, world), records
+    watched: Bool[Array, ""],
+    losses: Losses,
+    gate: Float[Array, ""],
+    uniform: Float[Array, ""],
+    step: Int[Array, ""],
+    slot: Array,
+    tally: Tally,
+    records: Float[Array, "kept record"],
+    world: World,
+) -> tuple[Bool[Array, ""], Tally, Float[Array, "kept record"]]:
+    """Whether a watched replica escaped at this iteration, and the sums and full looks with this one.
+
+    Where nothing is asked, neither changes.
+    """
+    asked = uniform < gate_asks(gate, step, world) if world.screens is not None else step % world.check_interval == 0
+
+    def asking(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
+        seen, looked = look(losses, gate, uniform, step, world)
+        escaped = crossed(seen, looked, world)
+        row = jnp.stack([step, slot, *seen])
+        keep = looked & (step % world.monitor == 0) if world.screens is None else looked
+        records = jax.lax.cond(keep, lambda: jnp.roll(records, 1, axis=0).at[0].set(row), lambda: records)
+        return escaped, tally.add(seen, looked, escaped, step, world), records
+
+    quiet = lambda tally, records: (jnp.array(False), tally, records)
+    return jax.lax.cond(watched & asked, asking, quiet, tally, records)
 
 
 def no_records() -> Float[Array, "kept record"]:

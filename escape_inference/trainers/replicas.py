@@ -49,13 +49,8 @@ def compiled_piece(recipe: Recipe) -> Callable:
             )
             gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * batch_loss.astype(jnp.float32)
 
-            def looked_at(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
-                losses = LossesOf(recipe, inner[0], world)
-                return watch(losses, gate, uniform, step, slot, tally, records, world)
-
-            escaped, tally, records = jax.lax.cond(
-                watched, looked_at, lambda tally, records: (jnp.array(False), tally, records), tally, records
-            )
+            losses = LossesOf(recipe, inner[0], world)
+            escaped, tally, records = watch(watched, losses, gate, uniform, step, slot, tally, records, world)
             return (inner, gate), step, escaped, order, tally, records
 
         order = recipe.order(stream, step + 1, samples)
@@ -128,12 +123,11 @@ class Replicas:
         return self._blocks.world(world) if self._blocks is not None and self._blocks.serves(world) else world
 
     def _run(self, world: World, state: PyTree, slot: int, start: int, end: int, watch: bool = True) -> _Piece:
-        arguments = (jnp.uint32(slot), jnp.int32(start), jnp.int32(end), jnp.array(watch), self.key, world)
+        arguments = (np.uint32(slot), np.int32(start), np.int32(end), np.bool_(watch), self.key, world)
         piece = self._piece if world.compact is None or self._blocks is None else self._blocks.piece
-        new, step, escaped, tally, records = piece(state, *arguments)
-        kept = np.asarray(records)
-        kept = kept[np.isfinite(kept[:, 0])][::-1]
-        return _Piece(state, start, new, int(step), bool(escaped), jax.tree.map(np.asarray, tally), kept)
+        new, *others = piece(state, *arguments)
+        step, escaped, tally, records = jax.tree.map(np.asarray, others)
+        return _Piece(state, start, new, int(step), bool(escaped), tally, records[np.isfinite(records[:, 0])][::-1])
 
     def _parallel(self, pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: Iterable[tuple]) -> list[Any]:
         double = bool(jax.config.read("jax_enable_x64"))  # a setting of the calling thread alone
