@@ -6,8 +6,8 @@ and D_j the gradient of iteration j with respect to the products, the products o
     X_k W_k = X_k W - eta sum_{j<k} (X_k X_j^T) D_j,
 
 so that W is read once and written once in a block, and the products are large ones, which processors are good at; all
-the rest is stepped as ever. Screens are fixed samples S, of which ``S W`` is kept in the same way, from a table of the
-products of every sample with those of the screens.
+the rest is stepped as ever. The first screen is of fixed samples S, of which ``S W`` is kept in the same way, from a
+table of the products of every sample with those.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.first_layer import FirstLayer, first_layer
-from escape_inference.trainers.looks import MEMORY_OF_GATE, Compact, Tally, World, no_records, watch
+from escape_inference.trainers.looks import MEMORY_OF_GATE, Compact, ScreenRows, Tally, World, no_records, watch
 from escape_inference.trainers.sgd import Recipe, slot_key
 
 TOGETHER = 64
 """Samples of a block, about: more would make the products of its samples with one another the larger part."""
-WIDEST, HEAVIEST = 256, 2**14
+WIDE, HEAVY = 256, 2**14
 """Least number of inputs, and of weights, of a first layer that is treated so."""
-TABLE_BYTES = 2**28
-"""Most memory of the screens' tables."""
 
 
 @dataclass(frozen=True)
 class _Losses:
-    """Losses within a block: ``slopes`` holds the gradients of its iterations so far, and zeros."""
+    """Losses within a block: ``slopes`` holds the gradients of its iterations so far, and zeros.
+
+    ``screened`` are the products of the first screen's samples now; the later stages are rare and use the matrix.
+    """
 
     recipe: Recipe
     layer: FirstLayer
@@ -43,9 +44,9 @@ class _Losses:
     params: PyTree
     others: PyTree
     matrix: Float[Array, "inputs outputs"]
-    known: tuple[Array, ...]
     chosen: Int[Array, " block"]
     slopes: Float[Array, "block outputs"]
+    screened: Float[Array, "m outputs"] | None
 
     def _each(self, product: Float[Array, "n outputs"], targets: Array) -> Float[Array, " n"]:
         return jax.vmap(self.recipe.loss)(self.layer.rest(self.params, self.others, product), targets)
@@ -53,21 +54,15 @@ class _Losses:
     def moved(self) -> Float[Array, "inputs outputs"]:
         """The matrix now."""
         assert self.world.compact is not None
-        step = -self.world.learning_rate.astype(self.matrix.dtype)
-        return self.matrix + step * (self.world.compact.rows[self.chosen].T @ self.slopes)
-
-    def products(self, stage: int) -> Float[Array, "m outputs"]:
-        """The products of a screen's samples now."""
-        assert self.world.compact is not None
-        step = -self.world.learning_rate.astype(self.matrix.dtype)
-        table = self.world.compact.screens[stage][1]
-        return self.known[stage] + step * (table[self.chosen].T @ self.slopes)
+        rate = self.world.learning_rate.astype(self.matrix.dtype)
+        return self.matrix - rate * (self.world.compact.rows[self.chosen].T @ self.slopes)
 
     def screen(self, stage: int) -> Float[Array, ""]:
         assert self.world.screens is not None and self.world.compact is not None
         screen = self.world.screens[stage]
-        losses = self._each(self.products(stage), screen.targets)
-        return jnp.sum(screen.weights * losses).astype(jnp.float32)
+        product = self.screened if stage == 0 else self.layer.rows(screen.inputs) @ self.moved()
+        assert product is not None
+        return jnp.sum(screen.weights * self._each(product, screen.targets)).astype(jnp.float32)
 
     def full(self) -> Float[Array, ""]:
         assert self.world.compact is not None
@@ -84,9 +79,10 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
     def piece(
         state: PyTree, slot: Array, step: Array, end: Array, watched: Array, key: PRNGKeyArray, world: World
     ) -> tuple[PyTree, Array, Array, Tally, Array]:
-        assert world.compact is not None
+        compact = world.compact
+        assert compact is not None
         (params, optimizer_state), gate = state
-        rows, samples, stream = world.compact.rows, len(world.inputs), slot_key(key, slot)
+        rows, samples, stream = compact.rows, len(world.inputs), slot_key(key, slot)
         optimizer = recipe.optimizer(world.learning_rate)
 
         def batch_loss(others: PyTree, product: Array, targets: Array) -> Array:
@@ -102,19 +98,20 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
             return jax.lax.scan(renewed, order, steps)
 
         def block(carry: tuple) -> tuple:
-            matrix, others, gate, step, escaped, order, tally, records, known = carry
+            matrix, others, gate, step, escaped, order, tally, records, screened = carry
             order, (indices, uniforms) = draw(order, step + 1 + jnp.arange(length, dtype=step.dtype))
             chosen, targets = indices.reshape(-1), world.targets[indices]
             inputs = rows[chosen]
             at_start = inputs @ matrix
             step_size = -world.learning_rate.astype(matrix.dtype)
             coupling = step_size * (inputs @ inputs.T) if length > 1 else None
+            of_screen = None if compact.screen is None else step_size * compact.screen.table[chosen]
 
-            def losses(others: PyTree, slopes: Array) -> _Losses:
-                return _Losses(recipe, layer, world, params, others, matrix, known, chosen, slopes)
+            def losses(others: PyTree, slopes: Array, screened: Array | None) -> _Losses:
+                return _Losses(recipe, layer, world, params, others, matrix, chosen, slopes, screened)
 
             def iteration(carry: tuple) -> tuple:
-                done, others, slopes, gate, _, tally, records = carry
+                done, others, slopes, gate, _, tally, records, screened = carry
                 place = done * size
                 product = jax.lax.dynamic_slice_in_dim(at_start, place, size)
                 if coupling is not None:
@@ -122,24 +119,27 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
                 loss, (gradient, slope) = jax.value_and_grad(batch_loss, (0, 1))(others, product, targets[done])
                 others = optax.apply_updates(others, optimizer.update(gradient, optimizer_state, others)[0])
                 slopes = jax.lax.dynamic_update_slice_in_dim(slopes, slope, place, 0)
+                if of_screen is not None:
+                    screened = screened + jax.lax.dynamic_slice_in_dim(of_screen, place, size).T @ slope
                 gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * loss.astype(jnp.float32)
 
+                here = losses(others, slopes, screened)
                 escaped, tally, records = watch(
-                    watched, losses(others, slopes), gate, uniforms[done], step + done + 1, slot, tally, records, world
+                    watched, here, gate, uniforms[done], step + done + 1, slot, tally, records, world
                 )
-                return done + 1, others, slopes, gate, escaped, tally, records
+                return done + 1, others, slopes, gate, escaped, tally, records, screened
 
-            inner = (jnp.int32(0), others, jnp.zeros_like(at_start), gate, escaped, tally, records)
+            inner = (jnp.int32(0), others, jnp.zeros_like(at_start), gate, escaped, tally, records, screened)
             going = lambda c: (c[0] < length) & (step + c[0] < end) & ~c[4]
-            done, others, slopes, gate, escaped, tally, records = jax.lax.while_loop(going, iteration, inner)
-            after = losses(others, slopes)
-            known = tuple(after.products(stage) for stage in range(len(known)))
-            return after.moved(), others, gate, step + done, escaped, order, tally, records, known
+            last = jax.lax.while_loop(going, iteration, inner)
+            done, others, slopes, gate, escaped, tally, records, screened = last
+            matrix = losses(others, slopes, None).moved()
+            return matrix, others, gate, step + done, escaped, order, tally, records, screened
 
         matrix, others = layer.take(params)
-        known = tuple(own @ matrix for own, _ in world.compact.screens)
+        screened = None if compact.screen is None else compact.screen.rows @ matrix
         order = recipe.order(stream, step + 1, samples)
-        carry = (matrix, others, gate, step, jnp.array(False), order, Tally.zero(), no_records(), known)
+        carry = (matrix, others, gate, step, jnp.array(False), order, Tally.zero(), no_records(), screened)
         carry = jax.lax.while_loop(lambda c: (c[3] < end) & ~c[4], block, carry)
         matrix, others, gate, step, escaped, _, tally, records, _ = carry
         return ((layer.put(params, matrix, others), optimizer_state), gate), step, escaped, tally, records
@@ -152,23 +152,18 @@ class Blocks:
 
     def __init__(self, recipe: Recipe, layer: FirstLayer, inputs: Array) -> None:
         self.piece = compiled_blocks(recipe, layer)
-        self._layer, self._inputs, self._screens = layer, inputs, ()
-        self._compact = Compact(layer.rows(inputs), ())
-
-    def serves(self, world: World) -> bool:
-        """Whether this is a world of the same inputs, whose tables are not too large."""
-        own = () if world.screens is None else world.screens
-        cells = sum(len(screen.inputs) for screen in own) * len(world.inputs)
-        return world.inputs is self._inputs and cells * self._compact.rows.dtype.itemsize <= TABLE_BYTES
+        self._layer, self._rows = layer, layer.rows(inputs)
+        self._screened: tuple[Array, ScreenRows] | None = None
 
     def world(self, world: World) -> World:
-        """The world with the compact inputs."""
-        screens = () if world.screens is None else tuple(screen.inputs for screen in world.screens)
-        if [id(own) for own in screens] != [id(own) for own in self._screens]:
-            rows = [self._layer.rows(own) for own in screens]
-            tables = tuple((own, self._compact.rows @ own.T) for own in rows)
-            self._screens, self._compact = screens, self._compact._replace(screens=tables)
-        return world._replace(compact=self._compact)
+        """The world with what the pieces need; of the same inputs."""
+        if world.screens is None:
+            return world._replace(compact=Compact(self._rows, None))
+        inputs = world.screens[0].inputs
+        if self._screened is None or self._screened[0] is not inputs:
+            own = self._layer.rows(inputs)
+            self._screened = inputs, ScreenRows(own, self._rows @ own.T)
+        return world._replace(compact=Compact(self._rows, self._screened[1]))
 
 
 def make_blocks(recipe: Recipe, params: PyTree, inputs: Array) -> Blocks | None:
@@ -176,6 +171,6 @@ def make_blocks(recipe: Recipe, params: PyTree, inputs: Array) -> Blocks | None:
     if recipe.optimizer is not optax.sgd or recipe.batch_size > len(inputs):
         return None
     layer = first_layer(recipe.apply, params, inputs)
-    if layer is None or len(layer.used) < WIDEST or layer.take(params)[0].size < HEAVIEST:
+    if layer is None or len(layer.used) < WIDE or layer.take(params)[0].size < HEAVY:
         return None
     return Blocks(recipe, layer, inputs)

@@ -61,14 +61,18 @@ class Screen(NamedTuple):
     limits: Limits
 
 
-class Compact(NamedTuple):
-    """The inputs without the columns that are zero in every sample, and what ``blocks.py`` needs of the screens.
+class ScreenRows(NamedTuple):
+    """The first screen's rows of ``Compact``, and the products of every sample's row with them."""
 
-    For each screen its own rows, and the products of every sample's row with those.
-    """
+    rows: Float[Array, "m inputs"]
+    table: Float[Array, "n m"]
+
+
+class Compact(NamedTuple):
+    """What ``blocks.py`` needs: the inputs without the columns that are zero in every sample, and of the first screen."""
 
     rows: Float[Array, "n inputs"]
-    screens: tuple[tuple[Float[Array, "m inputs"], Float[Array, "n m"]], ...]
+    screen: ScreenRows | None
 
 
 class World(NamedTuple):

@@ -120,7 +120,7 @@ class Replicas:
         if self._inputs is not world.inputs:
             self._inputs = world.inputs
             self._blocks = make_blocks(self.recipe, self.states[0][0][0], world.inputs)
-        return self._blocks.world(world) if self._blocks is not None and self._blocks.serves(world) else world
+        return world if self._blocks is None else self._blocks.world(world)
 
     def _run(self, world: World, state: PyTree, slot: int, start: int, end: int, watch: bool = True) -> _Piece:
         arguments = (np.uint32(slot), np.int32(start), np.int32(end), np.bool_(watch), self.key, world)
