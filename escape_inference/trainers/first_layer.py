@@ -25,6 +25,8 @@ CALLS = ("jit", "pjit", "closed_call")
 """Equations that hold a program which may be written out in their place."""
 VIEWS = ("transpose", "reshape", "squeeze")
 """Equations that only arrange the entries of an array anew."""
+WHOLE = 16
+"""The number of used columns is made a multiple of this with some that are not, as products are then quicker."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,28 @@ class FirstLayer:
 
     Attributes:
         apply: the network.
+        samples: number of the inputs it was made for.
         shape: of one sample.
         dtype: of the inputs.
-        used: columns of the flattened inputs that are not zero in every sample.
+        used: columns of the flattened inputs that are not zero in every sample, and a few more.
     """
 
     apply: Apply
+    samples: int
     shape: tuple[int, ...]
     dtype: np.dtype
     used: tuple[int, ...]
 
     def _split(self, structure: Any, leaves: Sequence[Any], batch: int) -> _Split:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        split = _split(self.apply, structure, shapes, (batch, *self.shape), self.dtype)
+        split = _split(self.apply, structure, shapes, (batch, *self.shape), self.dtype, _double())
         assert split is not None
         return split
 
     def take(self, params: PyTree) -> tuple[Float[Array, "inputs outputs"], PyTree]:
         """The used rows of the matrix, and the other parameters."""
         leaves, structure = jax.tree.flatten(params)
-        split = self._split(structure, leaves, 1)
+        split = self._split(structure, leaves, self.samples)
         matrix = split.matrix(leaves[split.leaf])
         others = jax.tree.unflatten(structure, [*leaves[: split.leaf], None, *leaves[split.leaf + 1 :]])
         return matrix if len(self.used) == len(matrix) else matrix[jnp.asarray(self.used)], others
@@ -63,7 +67,7 @@ class FirstLayer:
     def put(self, params: PyTree, matrix: Float[Array, "inputs outputs"], others: PyTree) -> PyTree:
         """The inverse of ``take``; the rows that are not used are those of ``params``."""
         leaves, structure = jax.tree.flatten(params)
-        split = self._split(structure, leaves, 1)
+        split = self._split(structure, leaves, self.samples)
         whole = split.matrix(leaves[split.leaf])
         used = np.isin(np.arange(len(whole)), self.used)
         whole = jnp.where(used[:, None], matrix[np.maximum(np.cumsum(used) - 1, 0)], whole)
@@ -86,24 +90,39 @@ class FirstLayer:
 def first_layer(apply: Apply, params: PyTree, inputs: Float[Array, "n ..."]) -> FirstLayer | None:
     """The network taken apart at the product with its inputs; None if it has another form.
 
-    >>> from escape_inference.trainers.losses import mean_square
-    >>> found = first_layer(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": jnp.eye(3), "b": jnp.ones(3)}, jnp.eye(3)[:2])
-    >>> found.used
-    (0, 1)
+    >>> params = {"a": jnp.ones((40, 3)), "b": jnp.ones(3)}
+    >>> len(first_layer(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.eye(20, 40)).used)
+    32
     >>> first_layer(lambda p, x: x**2 @ p, jnp.ones(3), jnp.eye(3)) is None
     True
     """
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    dtype = np.dtype(inputs.dtype)
-    try:
-        splits = [_split(apply, structure, shapes, (batch, *inputs.shape[1:]), dtype) for batch in (1, len(inputs))]
-    except TypeError:  # a function without hash
-        return None
+    samples, dtype = len(inputs), np.dtype(inputs.dtype)
+    splits = [_split(apply, structure, shapes, (size, *inputs.shape[1:]), dtype, _double()) for size in (2, samples)]
     if any(split is None for split in splits):
         return None
-    used = np.flatnonzero(np.any(np.asarray(inputs).reshape(len(inputs), -1) != 0, axis=0))
-    return FirstLayer(apply, inputs.shape[1:], dtype, tuple(used.tolist()))
+    used = np.any(np.asarray(inputs).reshape(samples, -1) != 0, axis=0)
+    spare = np.flatnonzero(~used)
+    used[spare[: -int(used.sum()) % WHOLE]] = True
+    return FirstLayer(apply, samples, inputs.shape[1:], dtype, tuple(np.flatnonzero(used).tolist()))
+
+
+@dataclass(frozen=True)
+class OnRows:
+    """A network whose inputs are ``rows`` of the original ones; its parameters are the same."""
+
+    layer: FirstLayer
+
+    def __call__(self, params: PyTree, rows: Float[Array, "batch inputs"]) -> Array:
+        matrix, others = self.layer.take(params)
+        across = (((1,), (1,)), ((), ()))  # its gradient is then the quicker one of two equal products
+        return self.layer.rest(params, others, jax.lax.dot_general(rows, jax.lax.optimization_barrier(matrix.T), across))
+
+
+def _double() -> bool:
+    """Traced programs depend on this setting."""
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +152,7 @@ class _Split:
         return jax.linear_transpose(self.matrix, jax.ShapeDtypeStruct(like.shape, like.dtype))(matrix)[0]
 
     def rest(self, others: list[Array], product: Array) -> Array:
-        shape = self.product.outvars[0].aval.shape
+        shape = _aval(self.product.outvars[0]).shape
         if self.inputs_first:
             product = product.reshape(shape)
         else:
@@ -145,7 +164,7 @@ class _Split:
 
 @lru_cache(maxsize=64)
 def _split(
-    apply: Apply, structure: Any, shapes: tuple, inputs_shape: tuple[int, ...], dtype: np.dtype
+    apply: Apply, structure: Any, shapes: tuple, inputs_shape: tuple[int, ...], dtype: np.dtype, double: bool
 ) -> _Split | None:
     leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
@@ -158,7 +177,10 @@ def _split(
         )
 
     inputs = jax.ShapeDtypeStruct(inputs_shape, dtype)
-    traced = jax.make_jaxpr(flat)(leaves, inputs)
+    try:
+        traced = jax.make_jaxpr(flat)(leaves, inputs)
+    except Exception:  # whatever the user's function raises for a batch of this size
+        return None
     known = [*traced.jaxpr.constvars, *traced.jaxpr.invars]
     closed = jax.make_jaxpr(written_out)(*leaves, inputs)
     return _find(closed.jaxpr, closed.consts)
@@ -185,17 +207,17 @@ def _find(jaxpr: Jaxpr, consts: list[Any]) -> _Split | None:
     rows, arranging, product = follow(inputs)
     if product is None or product.primitive.name != "dot_general":
         return None
-    batch = inputs.aval.shape[0]
+    batch = _aval(inputs).shape[0]
     inputs_first = product.invars[0] is rows
     contracted, batched = product.params["dimension_numbers"]
-    shapes = [line.outvars[0].aval.shape for line in arranging]
+    shapes = [_aval(line.outvars[0]).shape for line in arranging]
     kept = all(line.primitive.name != "transpose" for line in arranging) and all(s[:1] == (batch,) for s in shapes)
     plain = (
         kept
-        and len(rows.aval.shape) == 2
+        and len(_aval(rows).shape) == 2
         and tuple(contracted[0 if inputs_first else 1]) == (1,)
         and not any(batched)
-        and len({var.aval.dtype for var in (*product.invars, *product.outvars)}) == 1
+        and len({_aval(var).dtype for var in (*product.invars, *product.outvars)}) == 1
     )
     for leaf, var in enumerate(leaves):
         _, views, end = follow(var)
@@ -204,6 +226,11 @@ def _find(jaxpr: Jaxpr, consts: list[Any]) -> _Split | None:
             others = [line for line in jaxpr.eqns if id(line) not in gone]
             return _Split(jaxpr, consts, leaf, product, inputs_first, views, others)
     return None
+
+
+def _aval(var: Any) -> Any:
+    """Shape and type of a variable."""
+    return var.aval
 
 
 def _evaluate(lines: Sequence[JaxprEqn], known: dict[Var, Any], wanted: Sequence[Any]) -> list[Any]:
@@ -224,6 +251,6 @@ def _evaluate(lines: Sequence[JaxprEqn], known: dict[Var, Any], wanted: Sequence
 
 def _alone(line: JaxprEqn) -> Callable[..., list[Any]]:
     """One equation as a function, its literals among the arguments."""
-    invars = [Var(var.aval) if isinstance(var, Literal) else var for var in line.invars]
+    invars: list[Any] = [Var(var.aval) if isinstance(var, Literal) else var for var in line.invars]
     program = Jaxpr((), invars, line.outvars, [line.replace(invars=invars)], line.effects)
     return jaxpr_as_fun(ClosedJaxpr(program, ()))

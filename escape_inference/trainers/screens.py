@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from scipy.special import ndtr
 
+from escape_inference.trainers.first_layer import FirstLayer, first_layer
 from escape_inference.trainers.looks import FAR_LOOKS, Gate, Limits, Screen, World
 from escape_inference.trainers.losses import sample_losses
 from escape_inference.trainers.rounds import Round
@@ -117,7 +118,7 @@ class Screens:
 
 @lru_cache(maxsize=32)
 def _compiled_pilot(recipe: Recipe) -> Callable:
-    def pilot(state: PyTree, step: Array, end: Array, key: PRNGKeyArray, world: World) -> tuple[PyTree, Array]:
+    def pilot(state: PyTree, step: Array, end: Array, key: PRNGKeyArray, world: World) -> PyTree:
         stream, samples = slot_key(key, PILOT_SLOT), world.inputs.shape[0]
 
         def body(carry: tuple) -> tuple:
@@ -129,8 +130,7 @@ def _compiled_pilot(recipe: Recipe) -> Callable:
             return state, step, order
 
         carry = (state, step, recipe.order(stream, step + 1, samples))
-        state, _, _ = jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)
-        return state, sample_losses(recipe.apply, recipe.loss, state[0], world.inputs, world.targets)
+        return jax.lax.while_loop(lambda carry: carry[1] < end, body, carry)[0]
 
     return jax.jit(pilot)
 
@@ -143,19 +143,19 @@ def pilot_losses(
     And the same at states near the barrier, where the screens must be right: those of the run, with their displacement
     from the minimum stretched. The stretch comes from the state before, as if the loss were quadratic.
     """
-    run, losses_at, barrier = _compiled_pilot(recipe), _compiled_losses(recipe), float(world.barrier)
+    run, barrier = _compiled_pilot(recipe), float(world.barrier)
     origin = state = recipe.start(params, float(world.learning_rate))
+    losses_at = _Stretched(recipe, origin[0], world)
     met: list[np.ndarray] = []
     near: list[np.ndarray] = []
     stretch = 3.0
     for snapshot in range(4 * snapshots):
         step = snapshot * interval
-        state, here = run(state, jnp.int32(step), jnp.int32(step + interval), key, world)
-        losses = np.asarray(here, dtype=np.float64)
+        state = run(state, jnp.int32(step), jnp.int32(step + interval), key, world)
+        losses, there = (np.asarray(found, dtype=np.float64) for found in losses_at(state[0], stretch))
         level = losses.mean()
         if level <= 2 * barrier:
             met.append(losses)
-            there = np.asarray(losses_at(origin[0], state[0], jnp.float32(stretch), world), dtype=np.float64)
             if barrier / 2 < there.mean() < 2 * barrier:
                 near.append(there)
             slope = (there.mean() - level) / (stretch**2 - 1)
@@ -169,11 +169,38 @@ def pilot_losses(
     return np.asarray(met).reshape(len(met), samples), np.asarray(near).reshape(len(near), samples)
 
 
+class _Stretched:
+    """The losses of every sample at some parameters, and with their displacement from the origin stretched.
+
+    Where the first layer is a product with the inputs, it is made once for both and for the origin, being linear.
+    """
+
+    def __init__(self, recipe: Recipe, origin: PyTree, world: World) -> None:
+        layer = first_layer(recipe.apply, origin, world.inputs)
+        self._losses, self._arrays = _compiled_losses(recipe, layer), (world.inputs, world.targets)
+        self._origin = origin, None
+        if layer is not None:
+            self._arrays = (layer.rows(world.inputs), world.targets)
+            self._origin = origin, jax.jit(lambda rows: rows @ layer.take(origin)[0])(self._arrays[0])
+
+    def __call__(self, params: PyTree, stretch: float) -> tuple[Array, Array]:
+        return self._losses(self._origin, params, jnp.float32(stretch), *self._arrays)
+
+
 @lru_cache(maxsize=32)
-def _compiled_losses(recipe: Recipe) -> Callable:
-    def losses(origin: PyTree, params: PyTree, stretch: Array, world: World) -> Array:
-        there = jax.tree.map(lambda start, end: start + stretch * (end - start), origin, params)
-        return sample_losses(recipe.apply, recipe.loss, there, world.inputs, world.targets)
+def _compiled_losses(recipe: Recipe, layer: FirstLayer | None) -> Callable:
+    def stretched(start: PyTree, end: PyTree, stretch: Array) -> PyTree:
+        return jax.tree.map(lambda start, end: start + stretch * (end - start), start, end)
+
+    def losses(origin: tuple, params: PyTree, stretch: Array, inputs: Array, targets: Array) -> tuple[Array, Array]:
+        if layer is None:
+            at = lambda params: sample_losses(recipe.apply, recipe.loss, params, inputs, targets)
+            return at(params), at(stretched(origin[0], params, stretch))
+        matrix, others = layer.take(params)
+        here = others, inputs @ matrix
+        there = stretched((layer.take(origin[0])[1], origin[1]), here, stretch)
+        first, second = (jax.vmap(recipe.loss)(layer.rest(params, *at), targets) for at in (here, there))
+        return first, second
 
     return jax.jit(losses)
 
