@@ -102,7 +102,9 @@ def spectral_density(
     """
     if int(probes) != probes or probes < 1:
         raise InputError(f"probes: must be a positive integer, got {probes}.")
-    problem = make_problem(apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed)
+    problem = make_problem(
+        apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed
+    ).compact()
     if int(iterations) != iterations or iterations < 1:
         raise InputError(f"iterations: must be a positive integer, got {iterations}.")
     iterations = min(int(iterations), problem.dimension)

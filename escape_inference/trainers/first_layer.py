@@ -25,6 +25,7 @@ CALLS = ("jit", "pjit", "closed_call")
 """Equations that hold a program which may be written out in their place."""
 VIEWS = ("transpose", "reshape", "squeeze")
 """Equations that only arrange the entries of an array anew."""
+EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
 WHOLE = 16
 """The number of used columns is made a multiple of this with some that are not, as products are then quicker."""
 
@@ -117,7 +118,9 @@ class OnRows:
     def __call__(self, params: PyTree, rows: Float[Array, "batch inputs"]) -> Array:
         matrix, others = self.layer.take(params)
         across = (((1,), (1,)), ((), ()))  # its gradient is then the quicker one of two equal products
-        return self.layer.rest(params, others, jax.lax.dot_general(rows, jax.lax.optimization_barrier(matrix.T), across))
+        return self.layer.rest(
+            params, others, jax.lax.dot_general(rows, jax.lax.optimization_barrier(matrix.T), across)
+        )
 
 
 def _double() -> bool:
@@ -252,5 +255,6 @@ def _evaluate(lines: Sequence[JaxprEqn], known: dict[Var, Any], wanted: Sequence
 def _alone(line: JaxprEqn) -> Callable[..., list[Any]]:
     """One equation as a function, its literals among the arguments."""
     invars: list[Any] = [Var(var.aval) if isinstance(var, Literal) else var for var in line.invars]
-    program = Jaxpr((), invars, line.outvars, [line.replace(invars=invars)], line.effects)
+    about = EMPTY.debug_info.with_unknown_names()
+    program = Jaxpr((), invars, line.outvars, [line.replace(invars=invars)], line.effects, about)
     return jaxpr_as_fun(ClosedJaxpr(program, ()))

@@ -98,7 +98,9 @@ def top_hessian(
         >>> spectrum.eigenvalues.round(4).tolist(), spectrum.converged.tolist()
         ([4.5, 0.5], [True, True])
     """
-    problem = make_problem(apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed)
+    problem = make_problem(
+        apply, minimum, inputs, targets, loss=loss, layers=layers, subsample=subsample, seed=seed
+    ).compact()
     dimension = problem.dimension
     k = min(30, dimension) if k is None else k
     if not 1 <= k <= dimension:
