@@ -140,7 +140,7 @@ def test_blocks_take_the_steps_of_plain_sgd(batch_size: int, steps: int, with_re
     assert blocks is not None
     start = engine.states[0]
     arguments = np.uint32(2), np.int32(3), np.int32(3 + steps), np.bool_(True), engine.key
-    for seen in (world, screened(world)):
+    for seen in (world, screened(world))[batch_size > 32 :]:  # a block of one iteration serves the screens alone
         plain = engine._piece(start, *arguments, seen)
         quick = blocks.piece(start, *arguments, blocks.world(seen))
         assert int(quick[1]) == int(plain[1]) == 3 + steps

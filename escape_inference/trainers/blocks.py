@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.first_layer import FirstLayer, first_layer
-from escape_inference.trainers.looks import MEMORY_OF_GATE, Compact, ScreenRows, Tally, World, no_records, watch
+from escape_inference.trainers.looks import MEMORY_OF_GATE, Compact, Screen, Tally, World, no_records, watch
 from escape_inference.trainers.sgd import Recipe, slot_key
 
 TOGETHER = 64
@@ -59,8 +59,9 @@ class _Losses:
 
     def screen(self, stage: int) -> Float[Array, ""]:
         assert self.world.screens is not None and self.world.compact is not None
+        assert self.world.compact.screens is not None
         screen = self.world.screens[stage]
-        product = self.screened if stage == 0 else self.layer.rows(screen.inputs) @ self.moved()
+        product = self.screened if stage == 0 else self.world.compact.screens[stage] @ self.moved()
         assert product is not None
         return jnp.sum(screen.weights * self._each(product, screen.targets)).astype(jnp.float32)
 
@@ -70,11 +71,16 @@ class _Losses:
         return jnp.mean(losses).astype(jnp.float32)
 
 
+def block_length(recipe: Recipe) -> int:
+    """Iterations of a block."""
+    return max(1, TOGETHER // recipe.batch_size)
+
+
 @lru_cache(maxsize=32)
 def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
     """What ``replicas.compiled_piece`` does, in blocks."""
     size = recipe.batch_size
-    length = max(1, TOGETHER // size)
+    length = block_length(recipe)
 
     def piece(
         state: PyTree, slot: Array, step: Array, end: Array, watched: Array, key: PRNGKeyArray, world: World
@@ -105,7 +111,7 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
             at_start = inputs @ matrix
             step_size = -world.learning_rate.astype(matrix.dtype)
             coupling = step_size * (inputs @ inputs.T) if length > 1 else None
-            of_screen = None if compact.screen is None else step_size * compact.screen.table[chosen]
+            of_screen = None if compact.table is None else step_size * compact.table[chosen]
 
             def losses(others: PyTree, slopes: Array, screened: Array | None) -> _Losses:
                 return _Losses(recipe, layer, world, params, others, matrix, chosen, slopes, screened)
@@ -137,7 +143,7 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
             return matrix, others, gate, step + done, escaped, order, tally, records, screened
 
         matrix, others = layer.take(params)
-        screened = None if compact.screen is None else compact.screen.rows @ matrix
+        screened = None if compact.screens is None else compact.screens[0] @ matrix
         order = recipe.order(stream, step + 1, samples)
         carry = (matrix, others, gate, step, jnp.array(False), order, Tally.zero(), no_records(), screened)
         carry = jax.lax.while_loop(lambda c: (c[3] < end) & ~c[4], block, carry)
@@ -151,19 +157,21 @@ class Blocks:
     """The pieces of a network in blocks, and the arrays that they need of a world."""
 
     def __init__(self, recipe: Recipe, layer: FirstLayer, inputs: Array) -> None:
+        self._length = block_length(recipe)
         self.piece = compiled_blocks(recipe, layer)
         self._layer, self._rows = layer, layer.rows(inputs)
-        self._screened: tuple[Array, ScreenRows] | None = None
+        self._screens: tuple[Screen, Screen] | None = None
+        self._compact = Compact(self._rows, None, None)
 
     def world(self, world: World) -> World:
-        """The world with what the pieces need; of the same inputs."""
-        if world.screens is None:
-            return world._replace(compact=Compact(self._rows, None))
-        inputs = world.screens[0].inputs
-        if self._screened is None or self._screened[0] is not inputs:
-            own = self._layer.rows(inputs)
-            self._screened = inputs, ScreenRows(own, self._rows @ own.T)
-        return world._replace(compact=Compact(self._rows, self._screened[1]))
+        """The world with what the pieces need, of the same inputs; as it is where they gain nothing."""
+        screens = world.screens
+        if screens is None:
+            return world if self._length == 1 else world._replace(compact=Compact(self._rows, None, None))
+        if self._screens is None or any(a.inputs is not b.inputs for a, b in zip(screens, self._screens, strict=True)):
+            first, second = (self._layer.rows(screen.inputs) for screen in screens)
+            self._screens, self._compact = screens, Compact(self._rows, (first, second), self._rows @ first.T)
+        return world._replace(compact=self._compact)
 
 
 def make_blocks(recipe: Recipe, params: PyTree, inputs: Array) -> Blocks | None:

@@ -26,6 +26,7 @@ CALLS = ("jit", "pjit", "closed_call")
 VIEWS = ("transpose", "reshape", "squeeze")
 """Equations that only arrange the entries of an array anew."""
 EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
+"""Lends its description to programs of one equation, which JAX asks for."""
 WHOLE = 16
 """The number of used columns is made a multiple of this with some that are not, as products are then quicker."""
 
@@ -100,9 +101,9 @@ def first_layer(apply: Apply, params: PyTree, inputs: Float[Array, "n ..."]) -> 
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     samples, dtype = len(inputs), np.dtype(inputs.dtype)
-    splits = [_split(apply, structure, shapes, (size, *inputs.shape[1:]), dtype, _double()) for size in (2, samples)]
-    if any(split is None for split in splits):
-        return None
+    for size in (1, 2, samples):  # the traced program of a single sample may be another one
+        if _split(apply, structure, shapes, (size, *inputs.shape[1:]), dtype, _double()) is None:
+            return None
     used = np.any(np.asarray(inputs).reshape(samples, -1) != 0, axis=0)
     spare = np.flatnonzero(~used)
     used[spare[: -int(used.sum()) % WHOLE]] = True

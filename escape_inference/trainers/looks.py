@@ -61,18 +61,15 @@ class Screen(NamedTuple):
     limits: Limits
 
 
-class ScreenRows(NamedTuple):
-    """The first screen's rows of ``Compact``, and the products of every sample's row with them."""
-
-    rows: Float[Array, "m inputs"]
-    table: Float[Array, "n m"]
-
-
 class Compact(NamedTuple):
-    """What ``blocks.py`` needs: the inputs without the columns that are zero in every sample, and of the first screen."""
+    """What ``blocks.py`` needs: the inputs without the columns that are zero in every sample, and those of the screens.
+
+    ``table`` has the products of every sample's row with those of the first screen.
+    """
 
     rows: Float[Array, "n inputs"]
-    screen: ScreenRows | None
+    screens: tuple[Float[Array, "first inputs"], Float[Array, "second inputs"]] | None
+    table: Float[Array, "n first"] | None
 
 
 class World(NamedTuple):

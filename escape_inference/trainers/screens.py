@@ -178,10 +178,10 @@ class _Stretched:
     def __init__(self, recipe: Recipe, origin: PyTree, world: World) -> None:
         layer = first_layer(recipe.apply, origin, world.inputs)
         self._losses, self._arrays = _compiled_losses(recipe, layer), (world.inputs, world.targets)
-        self._origin = origin, None
+        self._origin: tuple[PyTree, Array | None] = origin, None
         if layer is not None:
             self._arrays = (layer.rows(world.inputs), world.targets)
-            self._origin = origin, jax.jit(lambda rows: rows @ layer.take(origin)[0])(self._arrays[0])
+            self._origin = origin, self._arrays[0] @ layer.take(origin)[0]
 
     def __call__(self, params: PyTree, stretch: float) -> tuple[Array, Array]:
         return self._losses(self._origin, params, jnp.float32(stretch), *self._arrays)
