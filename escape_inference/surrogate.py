@@ -60,7 +60,7 @@ class Surrogate:
 @jax.custom_jvp
 def _log_rates(place: Float[Array, " slot"], polynomials: Array, core: Array, loadings: Array) -> Array:
     a, b, c = _basis(place, polynomials)[..., 0]
-    return loadings @ _mix(a, _mix(b, _mix(c, core.T)))
+    return loadings @ (core @ c @ b @ a)
 
 
 @_log_rates.defjvp
@@ -76,7 +76,7 @@ def _log_rates_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
 
 
 def _mix(weights: Float[Array, " rank"], parts: Float[Array, "rank *rest"]) -> Float[Array, "*rest"]:
-    """A weighted sum, written out: small products and reductions take several times as long."""
+    """A weighted sum, written out: for a single point, small products and reductions take several times as long."""
     return sum((weights[k] * parts[k] for k in range(1, len(weights))), weights[0] * parts[0])
 
 
