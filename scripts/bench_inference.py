@@ -8,13 +8,12 @@
   and by PyMC + nutpie with the same priors and the discrepancy of each condition as a parameter (``PYTHON`` has them).
 * rows: tables of so many rows at the same conditions; reading and aggregating apart from inference, which sees conditions only.
 
-Each figure is wall time; "processor" is that of all threads, which tells how busy the machine was otherwise.
+Each figure is wall time; the load before and after tells how busy the machine was otherwise.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -39,14 +38,14 @@ def saddle_table(barrier: str = "saddle") -> pd.DataFrame:
     return simulate_sde(world, make_design(world, start=start, seed=1), seed=1).drop(columns="effective_dimension")
 
 
-def timed(command: list[str], cache: Path) -> tuple[float, float, str]:
-    """Wall and processor seconds of a command, and what it printed."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+def timed(command: list[str], cache: Path) -> tuple[float, str]:
+    """Wall seconds of a command, and what it printed."""
+    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)})
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+    return wall, done.stdout
 
 
 def say(text: str) -> None:
@@ -63,11 +62,11 @@ def bench_verdict(folder: Path) -> None:
         cache.mkdir()
         for state in ("empty cache", "full cache"):
             command = [*COMMAND, "compare", str(path), "--output", str(folder / barrier), "--quiet"]
-            wall, processor, _ = timed(command, cache)
+            wall, _ = timed(command, cache)
             report = json.loads((folder / barrier / "comparison.json").read_text())
             say(
                 f"{barrier:<10} {len(report['laws'])} laws, {report['data']['conditions']} conditions, {state:<11} "
-                f"{wall:7.1f} s (goal {GOAL[state]:.0f} s; processor {processor:6.1f} s), verdict {report['verdict']}"
+                f"{wall:7.1f} s (goal {GOAL[state]:.0f} s), verdict {report['verdict']}"
             )
 
 
@@ -83,14 +82,14 @@ def bench_pymc(folder: Path, python: str) -> None:
     for state in ("empty cache", "full cache"):
         for law in LAWS:
             command = [*COMMAND, "infer", str(path), "--law", law, "--output", str(folder / "ours"), "--quiet"]
-            wall, processor, _ = timed(command, cache)
-            say(f"here  {law:<10} {state:<12} {wall:6.1f} s (processor {processor:6.1f} s)  {ours(folder, law)}")
+            wall, _ = timed(command, cache)
+            say(f"here  {law:<10} {state:<12} {wall:6.1f} s  {ours(folder, law)}")
     frame = prepare(path).conditions.frame
     frame.to_csv(folder / "conditions.csv", index=False)
     for law in LAWS:
         job = [python, __file__, "--worker", law, str(folder / "conditions.csv"), str(typical_noise_strength(frame))]
-        wall, processor, out = timed(job, cache)
-        say(f"PyMC  {law:<10} {'':<12} {wall:6.1f} s (processor {processor:6.1f} s)  {out.strip()}")
+        wall, out = timed(job, cache)
+        say(f"PyMC  {law:<10} {'':<12} {wall:6.1f} s  {out.strip()}")
 
 
 def ours(folder: Path, law: str) -> str:
@@ -195,6 +194,7 @@ def main(arguments: argparse.Namespace) -> None:
             bench_pymc(folder, arguments.pymc)
         if "rows" in arguments.parts:
             bench_rows(folder, arguments.rows)
+    say(f"load {os.getloadavg()[0]:.1f} after the end")
 
 
 if __name__ == "__main__":
