@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
-from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from threading import Lock, Thread
@@ -41,6 +41,8 @@ def _context() -> BaseContext:
     """How processes are started; never as copies of this one, whose threads may hold locks."""
     if sys.platform != "linux":
         return get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker
+
     context, name = get_context("forkserver"), "OPENBLAS_NUM_THREADS"
     context.set_forkserver_preload(list(LIBRARIES))
     resource_tracker.ensure_running()  # it would let the signal through again
