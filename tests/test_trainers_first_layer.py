@@ -14,7 +14,7 @@ import pytest
 from escape_inference.trainers import curvature, measure_escape, replicas, spectral_density, top_hessian
 from escape_inference.trainers.blocks import make_blocks
 from escape_inference.trainers.datasets import check_data
-from escape_inference.trainers.first_layer import first_layer
+from escape_inference.trainers.first_layer import Staircase, first_layer
 from escape_inference.trainers.looks import Gate, Limits, Screen, World
 from escape_inference.trainers.losses import mean_square
 from escape_inference.trainers.networks import load_network
@@ -26,9 +26,11 @@ SAMPLES, INPUTS, NEVER = 200, 320, 40
 
 @lru_cache
 def problem() -> tuple[Callable, Any, jax.Array, jax.Array]:
-    """A perceptron with a wide first layer; some columns of the inputs are zero in every sample."""
+    """A perceptron with a wide first layer; some columns of the inputs are zero in every sample, more in most of them."""
     rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(SAMPLES, INPUTS)) * (rng.uniform(size=INPUTS) < 1 - NEVER / INPUTS)
+    share = rng.uniform(size=INPUTS)
+    share[share < NEVER / INPUTS] = 0
+    inputs = rng.normal(size=(SAMPLES, INPUTS)) * (rng.uniform(size=(SAMPLES, 1)) < share)
     data = check_data("wide", inputs.astype(np.float32), np.sign(rng.normal(size=SAMPLES)).astype(np.float32))
     network = load_network("multilayer_perceptron", data, {"widths": [64, 8]})
     return network.apply, network.init(root_key(2)), jnp.asarray(data.inputs), jnp.asarray(data.targets)
@@ -87,6 +89,19 @@ def test_columns_that_are_always_zero_are_left_out() -> None:
     assert len(zero & set(layer.used)) < 16
 
 
+def test_products_of_parts_are_those_of_the_whole() -> None:
+    apply, params, inputs, _ = problem()
+    layer = first_layer(apply, params, inputs)
+    assert layer is not None
+    rows, (matrix, _) = layer.rows(inputs), layer.take(params)
+    stairs = Staircase.of(rows)
+    assert len(stairs.parts) > 1
+    assert sum(part.size for part in stairs.parts) < 0.9 * rows.size
+    np.testing.assert_allclose(stairs.times(matrix), (rows @ matrix)[stairs.order], rtol=1e-4, atol=1e-5)
+    (whole,) = Staircase.of(rows + 1).parts
+    assert whole.shape == rows.shape
+
+
 REFUSED: dict[str, Callable] = {
     "squared": lambda p, x: x**2 @ p["first"].T,
     "scaled": lambda p, x: 2 * x @ p["first"].T,
@@ -129,7 +144,8 @@ def screened(world: World) -> World:
         Screen(world.inputs[:size], world.targets[:size], jnp.full(size, 1 / size, jnp.float32), limits)
         for size in (30, 60)
     ]
-    return world._replace(gate=Gate(limits, jnp.float32(0.4)), screens=(screens[0], screens[1]))
+    gate = Limits(jnp.float32(0.5), jnp.float32(0.4))
+    return world._replace(gate=Gate(gate, jnp.float32(0.4)), screens=(screens[0], screens[1]))
 
 
 @pytest.mark.parametrize("with_replacement", [True, False])

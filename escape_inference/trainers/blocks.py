@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from escape_inference.trainers.first_layer import FirstLayer, first_layer
-from escape_inference.trainers.looks import MEMORY_OF_GATE, Compact, Screen, Tally, World, no_records, watch
+from escape_inference.trainers.first_layer import FirstLayer, Staircase, first_layer
+from escape_inference.trainers.looks import IN_ONE_THREAD, Compact, Screen, Tally, World, no_records, renew_gate, watch
 from escape_inference.trainers.sgd import Recipe, slot_key
 
 TOGETHER = 64
@@ -35,7 +35,8 @@ WIDE, HEAVY = 256, 2**14
 class _Losses:
     """Losses within a block: ``slopes`` holds the gradients of its iterations so far, and zeros.
 
-    ``screened`` are the products of the first screen's samples now; the later stages are rare and use the matrix.
+    ``screened`` are the products of the first screen's samples at the block's beginning, and ``moving`` how they move with
+    the slopes; the later stages are rare and use the matrix.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class _Losses:
     chosen: Int[Array, " block"]
     slopes: Float[Array, "block outputs"]
     screened: Float[Array, "m outputs"] | None
+    moving: Float[Array, "block m"] | None
 
     def _each(self, product: Float[Array, "n outputs"], targets: Array) -> Float[Array, " n"]:
         return jax.vmap(self.recipe.loss)(self.layer.rest(self.params, self.others, product), targets)
@@ -57,17 +59,22 @@ class _Losses:
         rate = self.world.learning_rate.astype(self.matrix.dtype)
         return self.matrix - rate * (self.world.compact.rows[self.chosen].T @ self.slopes)
 
+    def first(self) -> Float[Array, "m outputs"]:
+        """The products of the first screen's samples now."""
+        assert self.screened is not None and self.moving is not None
+        return self.screened + self.moving.T @ self.slopes
+
     def screen(self, stage: int) -> Float[Array, ""]:
         assert self.world.screens is not None and self.world.compact is not None
         assert self.world.compact.screens is not None
         screen = self.world.screens[stage]
-        product = self.screened if stage == 0 else self.world.compact.screens[stage] @ self.moved()
-        assert product is not None
+        product = self.first() if stage == 0 else self.world.compact.screens[stage] @ self.moved()
         return jnp.sum(screen.weights * self._each(product, screen.targets)).astype(jnp.float32)
 
     def full(self) -> Float[Array, ""]:
         assert self.world.compact is not None
-        losses = self._each(self.world.compact.rows @ self.moved(), self.world.targets)
+        stairs = self.world.compact.stairs
+        losses = self._each(stairs.times(self.moved()), self.world.targets[stairs.order])
         return jnp.mean(losses).astype(jnp.float32)
 
 
@@ -111,13 +118,13 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
             at_start = inputs @ matrix
             step_size = -world.learning_rate.astype(matrix.dtype)
             coupling = step_size * (inputs @ inputs.T) if length > 1 else None
-            of_screen = None if compact.table is None else step_size * compact.table[chosen]
+            moving = None if compact.table is None else step_size * compact.table[chosen]
 
-            def losses(others: PyTree, slopes: Array, screened: Array | None) -> _Losses:
-                return _Losses(recipe, layer, world, params, others, matrix, chosen, slopes, screened)
+            def losses(others: PyTree, slopes: Array) -> _Losses:
+                return _Losses(recipe, layer, world, params, others, matrix, chosen, slopes, screened, moving)
 
             def iteration(carry: tuple) -> tuple:
-                done, others, slopes, gate, _, tally, records, screened = carry
+                done, others, slopes, gate, _, tally, records = carry
                 place = done * size
                 product = jax.lax.dynamic_slice_in_dim(at_start, place, size)
                 if coupling is not None:
@@ -125,22 +132,20 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
                 loss, (gradient, slope) = jax.value_and_grad(batch_loss, (0, 1))(others, product, targets[done])
                 others = optax.apply_updates(others, optimizer.update(gradient, optimizer_state, others)[0])
                 slopes = jax.lax.dynamic_update_slice_in_dim(slopes, slope, place, 0)
-                if of_screen is not None:
-                    screened = screened + jax.lax.dynamic_slice_in_dim(of_screen, place, size).T @ slope
-                gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * loss.astype(jnp.float32)
-
-                here = losses(others, slopes, screened)
+                gate = renew_gate(gate, loss)
+                here = losses(others, slopes)
                 escaped, tally, records = watch(
                     watched, here, gate, uniforms[done], step + done + 1, slot, tally, records, world
                 )
-                return done + 1, others, slopes, gate, escaped, tally, records, screened
+                return done + 1, others, slopes, gate, escaped, tally, records
 
-            inner = (jnp.int32(0), others, jnp.zeros_like(at_start), gate, escaped, tally, records, screened)
+            inner = (jnp.int32(0), others, jnp.zeros_like(at_start), gate, escaped, tally, records)
             going = lambda c: (c[0] < length) & (step + c[0] < end) & ~c[4]
             last = jax.lax.while_loop(going, iteration, inner)
-            done, others, slopes, gate, escaped, tally, records, screened = last
-            matrix = losses(others, slopes, None).moved()
-            return matrix, others, gate, step + done, escaped, order, tally, records, screened
+            done, others, slopes, gate, escaped, tally, records = last
+            last_ = losses(others, slopes)
+            screened = None if screened is None else last_.first()
+            return last_.moved(), others, gate, step + done, escaped, order, tally, records, screened
 
         matrix, others = layer.take(params)
         screened = None if compact.screens is None else compact.screens[0] @ matrix
@@ -150,7 +155,7 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
         matrix, others, gate, step, escaped, _, tally, records, _ = carry
         return ((layer.put(params, matrix, others), optimizer_state), gate), step, escaped, tally, records
 
-    return jax.jit(piece)
+    return jax.jit(piece, compiler_options=IN_ONE_THREAD)
 
 
 class Blocks:
@@ -159,18 +164,21 @@ class Blocks:
     def __init__(self, recipe: Recipe, layer: FirstLayer, inputs: Array) -> None:
         self._length = block_length(recipe)
         self.piece = compiled_blocks(recipe, layer)
-        self._layer, self._rows = layer, layer.rows(inputs)
+        self._layer = layer
         self._screens: tuple[Screen, Screen] | None = None
-        self._compact = Compact(self._rows, None, None)
+        rows = layer.rows(inputs)
+        self._compact = Compact(rows, Staircase.of(rows), None, None)
 
     def world(self, world: World) -> World:
         """The world with what the pieces need, of the same inputs; as it is where they gain nothing."""
         screens = world.screens
         if screens is None:
-            return world if self._length == 1 else world._replace(compact=Compact(self._rows, None, None))
+            alone = self._compact._replace(screens=None, table=None)
+            return world if self._length == 1 else world._replace(compact=alone)
         if self._screens is None or any(a.inputs is not b.inputs for a, b in zip(screens, self._screens, strict=True)):
             first, second = (self._layer.rows(screen.inputs) for screen in screens)
-            self._screens, self._compact = screens, Compact(self._rows, (first, second), self._rows @ first.T)
+            table = self._compact.rows @ first.T
+            self._screens, self._compact = screens, self._compact._replace(screens=(first, second), table=table)
         return world._replace(compact=self._compact)
 
 

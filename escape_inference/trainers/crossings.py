@@ -155,6 +155,7 @@ def measure_crossings(
         burnt,
         burnt + steps,
         check_interval,
+        1,
         None,
         test,
         settled,

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from escape_inference.errors import InputError
-from escape_inference.trainers.first_layer import OnRows, first_layer
+from escape_inference.trainers.first_layer import OnRows, Staircase, first_layer
 from escape_inference.trainers.losses import Apply, SampleLoss, check_problem, resolve_loss, sample_losses
 from escape_inference.trainers.minimum import Minimum, parameters_of
 from escape_inference.trainers.sgd import Recipe, make_recipe, root_key
@@ -49,14 +49,19 @@ class Problem:
         return int(jnp.sum(self.mask))
 
     def compact(self) -> Problem:
-        """The same without the columns of the inputs that are zero in every sample, where the network allows it.
+        """The same without products of inputs that are zero, where the network allows it; see ``Staircase``.
 
-        Only the recipe and the inputs change; products of the Hessian are the same, and quicker.
+        The recipe and the inputs change, and the order of the samples; products of the Hessian are the same, and quicker.
         """
         layer = first_layer(self.recipe.apply, self.params, self.inputs)
-        if layer is None or len(layer.used) == np.prod(layer.shape):
+        if layer is None:
             return self
-        return replace(self, recipe=replace(self.recipe, apply=OnRows(layer)), inputs=layer.rows(self.inputs))
+        rows = layer.rows(self.inputs)
+        stairs = Staircase.of(rows)
+        if stairs.parts[0].shape == (len(rows), np.prod(layer.shape)):
+            return self
+        recipe = replace(self.recipe, apply=OnRows(layer, tuple((len(part), part.shape[1]) for part in stairs.parts)))
+        return replace(self, recipe=recipe, inputs=rows[stairs.order], targets=self.targets[stairs.order])
 
     def start(self, number: int = 0) -> Float[Array, " p"]:
         """A normal random vector in the directions that count."""

@@ -32,8 +32,9 @@ __all__ = ["EscapeRecord", "UnstableMinimum", "measure_escape"]
 
 STARTS = ("quasi_stationary", "minimum")
 LOOKS = ("auto", "exact", "screened")
-LEAST_MONITOR = 400
-"""Least number of iterations between two scheduled full looks of a replica, which the trend of the loss is made of."""
+LEAST_MONITOR, WATCHED = 400, 8
+"""Least number of iterations between scheduled full looks, which the trend of the loss is made of, and at how many
+replicas they are, where screens save the others."""
 
 
 def measure_escape(
@@ -149,7 +150,9 @@ def measure_escape(
         if looks == "screened" and screens is None:
             raise InputError("looks: there are too few samples, or too few losses below the barrier, for screens.")
     monitor = steps / TREND_BINS if screens is None else max(steps / TREND_BINS, LEAST_MONITOR)
-    world = world._replace(monitor=jnp.int32(max(1, round(monitor / check_interval)) * check_interval))
+    monitor = max(1, round(monitor / check_interval)) * check_interval
+    turns = 1 if screens is None else max(1, replicas // WATCHED)
+    world = world._replace(monitor=jnp.int32(monitor), turns=jnp.int32(turns))
     process = Process(engine, world, screens, progress, steps, loss_minimum)
     burnt, settled = 0, True
     test: dict[str, float] = {}
@@ -176,7 +179,8 @@ def measure_escape(
         replicas,
         burnt,
         burnt + steps,
-        int(world.monitor),
+        monitor,
+        turns,
         None if screens is None else screens.sizes,
         test,
         settled,

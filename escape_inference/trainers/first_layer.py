@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from escape_inference.trainers.losses import Apply
 
@@ -29,6 +29,8 @@ EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
 """Lends its description to programs of one equation, which JAX asks for."""
 WHOLE = 16
 """The number of used columns is made a multiple of this with some that are not, as products are then quicker."""
+PARTS, FULL = 4, 0.95
+"""Parts of the samples of which each has its own number of columns; they are not parted if a larger share remains."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class FirstLayer:
         samples: number of the inputs it was made for.
         shape: of one sample.
         dtype: of the inputs.
-        used: columns of the flattened inputs that are not zero in every sample, and a few more.
+        used: columns of the flattened inputs that are not zero in every sample, and a few more; those that are zero
+            most often are last.
     """
 
     apply: Apply
@@ -64,15 +67,16 @@ class FirstLayer:
         split = self._split(structure, leaves, self.samples)
         matrix = split.matrix(leaves[split.leaf])
         others = jax.tree.unflatten(structure, [*leaves[: split.leaf], None, *leaves[split.leaf + 1 :]])
-        return matrix if len(self.used) == len(matrix) else matrix[jnp.asarray(self.used)], others
+        return matrix[jnp.asarray(self.used)], others
 
     def put(self, params: PyTree, matrix: Float[Array, "inputs outputs"], others: PyTree) -> PyTree:
         """The inverse of ``take``; the rows that are not used are those of ``params``."""
         leaves, structure = jax.tree.flatten(params)
         split = self._split(structure, leaves, self.samples)
         whole = split.matrix(leaves[split.leaf])
-        used = np.isin(np.arange(len(whole)), self.used)
-        whole = jnp.where(used[:, None], matrix[np.maximum(np.cumsum(used) - 1, 0)], whole)
+        place = np.full(len(whole), -1)
+        place[list(self.used)] = np.arange(len(self.used))
+        whole = jnp.where((place >= 0)[:, None], matrix[np.maximum(place, 0)], whole)
         rest = jax.tree.leaves(others)
         return jax.tree.unflatten(
             structure, [*rest[: split.leaf], split.as_leaf(whole, leaves[split.leaf]), *rest[split.leaf :]]
@@ -81,7 +85,7 @@ class FirstLayer:
     def rows(self, inputs: Float[Array, "n ..."]) -> Float[Array, "n inputs"]:
         """The used columns of the inputs."""
         flat = inputs.reshape(len(inputs), -1)
-        return flat if len(self.used) == flat.shape[1] else flat[:, jnp.asarray(self.used)]
+        return flat if self.used == tuple(range(flat.shape[1])) else flat[:, jnp.asarray(self.used)]
 
     def rest(self, params: PyTree, others: PyTree, product: Float[Array, "batch outputs"]) -> Array:
         """Predictions from ``rows(inputs) @ matrix`` and the other parameters (of ``params``, only shapes count)."""
@@ -104,24 +108,66 @@ def first_layer(apply: Apply, params: PyTree, inputs: Float[Array, "n ..."]) -> 
     for size in (1, 2, samples):  # the traced program of a single sample may be another one
         if _split(apply, structure, shapes, (size, *inputs.shape[1:]), dtype, _double()) is None:
             return None
-    used = np.any(np.asarray(inputs).reshape(samples, -1) != 0, axis=0)
-    spare = np.flatnonzero(~used)
-    used[spare[: -int(used.sum()) % WHOLE]] = True
-    return FirstLayer(apply, samples, inputs.shape[1:], dtype, tuple(np.flatnonzero(used).tolist()))
+    often = np.count_nonzero(np.asarray(inputs).reshape(samples, -1), axis=0)
+    columns = np.argsort(-often, kind="stable")[: _whole(int(np.count_nonzero(often)))]
+    return FirstLayer(apply, samples, inputs.shape[1:], dtype, tuple(columns.tolist()))
+
+
+def _whole(columns: int) -> int:
+    return -(-columns // WHOLE) * WHOLE
+
+
+class Staircase(NamedTuple):
+    """The rows of all samples, so sorted that the columns behind those of each part are zero there.
+
+    Many inputs are zero in the same places of many samples (the margins of images), and their products need not be made.
+
+    >>> stairs = Staircase.of(jnp.eye(8, 64) + jnp.eye(8, 64, k=40))
+    >>> [part.shape for part in stairs.parts], stairs.order.tolist()
+    ([(2, 48), (2, 48), (2, 48), (2, 48)], [0, 1, 2, 3, 4, 5, 6, 7])
+    """
+
+    parts: tuple[Float[Array, "samples columns"], ...]
+    order: Int[Array, " n"]
+
+    @classmethod
+    def of(cls, rows: Float[Array, "n inputs"]) -> Staircase:
+        """Sort rows whose columns are already sorted."""
+        place = np.arange(1, rows.shape[1] + 1, dtype=np.int32)
+        last = np.max(place * (np.asarray(rows) != 0), axis=1)
+        order = np.argsort(last, kind="stable")
+        parts = [part for part in np.array_split(order, PARTS) if len(part)]
+        widths = [min(max(_whole(int(last[part[-1]])), 1), rows.shape[1]) for part in parts]
+        if sum(len(part) * width for part, width in zip(parts, widths, strict=True)) > FULL * rows.size:
+            return cls((rows,), jnp.arange(len(rows)))
+        return cls(tuple(rows[part, :width] for part, width in zip(parts, widths, strict=True)), jnp.asarray(order))
+
+    def times(self, matrix: Float[Array, "inputs outputs"]) -> Float[Array, "n outputs"]:
+        """Products of all samples, in the order of ``order``."""
+        return jnp.concatenate([part @ matrix[: part.shape[1]] for part in self.parts])
 
 
 @dataclass(frozen=True)
 class OnRows:
-    """A network whose inputs are ``rows`` of the original ones; its parameters are the same."""
+    """A network whose inputs are the rows of a ``Staircase`` in its order; its parameters are the same.
+
+    Attributes:
+        layer: the network taken apart.
+        parts: samples and columns of each part.
+    """
 
     layer: FirstLayer
+    parts: tuple[tuple[int, int], ...]
 
-    def __call__(self, params: PyTree, rows: Float[Array, "batch inputs"]) -> Array:
+    def __call__(self, params: PyTree, rows: Float[Array, "n inputs"]) -> Array:
         matrix, others = self.layer.take(params)
         across = (((1,), (1,)), ((), ()))  # its gradient is then the quicker one of two equal products
-        return self.layer.rest(
-            params, others, jax.lax.dot_general(rows, jax.lax.optimization_barrier(matrix.T), across)
-        )
+        turned, products, first = jax.lax.optimization_barrier(matrix.T), [], 0
+        for samples, columns in self.parts:
+            part = rows[first : first + samples, :columns]
+            products.append(jax.lax.dot_general(part, turned[:, :columns], across))
+            first += samples
+        return self.layer.rest(params, others, jnp.concatenate(products))
 
 
 def _double() -> bool:

@@ -24,6 +24,7 @@ from escape_inference.trainers.looks import (
     World,
     asks,
     crossed,
+    scheduled,
     second_look,
 )
 from escape_inference.trainers.rounds import DONORS, Extinct, Round
@@ -48,7 +49,12 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_lef
     """
 
     def look_at_lanes(
-        states: PyTree, alive: Bool[Array, " r"], uniform: Float[Array, " r"], step: Int[Array, ""], world: World
+        states: PyTree,
+        alive: Bool[Array, " r"],
+        uniform: Float[Array, " r"],
+        step: Int[Array, ""],
+        due: Bool[Array, " r"],
+        world: World,
     ) -> tuple[Seen, Bool[Array, " r"]]:
         lanes = len(alive)
         nan = jnp.full((lanes,), jnp.nan, jnp.float32)
@@ -65,15 +71,13 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_lef
             loss = jnp.where(looked, loss, jnp.nan)
             return seen._replace(first=loss, second=loss, loss=loss), looked
         first = jnp.where(alive, jax.vmap(lambda own: LossesOf(recipe, own, world).screen(0))(params), jnp.nan)
-        seen = seen._replace(
-            first=first, probability=asks(first, world.screens[0].limits, 1, step % world.monitor == 0)
-        )
+        seen = seen._replace(first=first, probability=asks(first, world.screens[0].limits, 1, due))
 
         def one_lane(carry: tuple) -> tuple:
             waiting, seen = carry
             lane = jnp.argmax(waiting)
             own, here = jax.tree.map(lambda leaf: leaf[lane], (params, seen))
-            here = second_look(LossesOf(recipe, own, world), here, uniform[lane], step, world)
+            here = second_look(LossesOf(recipe, own, world), here, uniform[lane], due[lane], world)
             return waiting.at[lane].set(False), jax.tree.map(lambda all_, one: all_.at[lane].set(one), seen, here)
 
         waiting = alive & (uniform < seen.probability)
@@ -129,10 +133,11 @@ def compiled_round(recipe: Recipe, replace: bool, together: int | None, keep_lef
                 new = jax.tree.map(
                     lambda now, old: jnp.where(alive.reshape(-1, *([1] * (now.ndim - 1))), now, old), new, states
                 )
-            seen, looked = look_at_lanes(new, alive, uniform, step, world)
+            due = scheduled(step, slots.astype(step.dtype), world.monitor, world.turns)
+            seen, looked = look_at_lanes(new, alive, uniform, step, due, world)
             escaped = crossed(seen, looked, world)
             tally = tally.add(seen, looked, escaped, step, world)
-            kept = looked & (step % world.monitor == 0) if world.screens is None else looked
+            kept = looked & due if world.screens is None else looked
             records, cursor = jax.lax.cond(
                 jnp.any(kept), lambda: keep(records, cursor, seen, kept, step), lambda: (records, cursor)
             )

@@ -4,8 +4,8 @@ Near a real minimum the loss must be looked at every iteration, and one full-bat
 iterations. A *screen* is a small fixed subsample, drawn with probability growing with a sample's typical loss and
 weighted back (Hansen and Hurwitz 1943), so that its weighted loss estimates the full loss. There are two, a small and a
 larger one: when the first comes near the barrier the second is computed, when that comes near too, the full loss.
-Before them stands a *gate* that costs nothing: the running mean of the losses of the batches, whose gradients are what
-moves the weights; where it is low, most iterations need no screen at all. Only the full loss decides an escape. Every
+Before them stands a *gate* that costs nothing: the largest of the last batches' losses, whose gradients are what moves
+the weights; where it is low, most iterations need no screen at all. Only the full loss decides an escape. Every
 stage also asks the next one at random iterations where it would not; weighted by one over their probability (Horvitz
 and Thompson 1952), the crossings found there estimate without bias how many were missed.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from escape_inference.trainers.first_layer import Staircase
 from escape_inference.trainers.losses import sample_losses
 from escape_inference.trainers.sgd import Recipe
 
@@ -30,12 +31,14 @@ FAR_LOOKS = (1 / 16, 1 / 64, 1 / 64)
 """The same where it is low."""
 SAMPLE_INTERVAL = 16
 """Iterations between two first screens that are computed in any case, for the record of the loss."""
-MEMORY_OF_GATE = 0.75
-"""Weight of the past in the running mean of the batch losses."""
+MEMORY_OF_GATE = 0.7
+"""What is left of a batch's loss after an iteration when it is compared with the next one's."""
 RECORD = 7
 """Numbers kept of a full look: iteration, slot, gate, first and second screen, full loss, probability of the look."""
 CAPACITY = 64
 """Full looks of one piece that are kept."""
+IN_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+"""Option for compiled code that runs in as many threads as there are processors: its own would only be in the way."""
 
 
 class Limits(NamedTuple):
@@ -46,7 +49,7 @@ class Limits(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """The limits of the gate, and the first screen's value from which a loss counts as near the barrier."""
+    """The limits of the gate, and the second screen's value from which a loss counts as near the barrier."""
 
     limits: Limits
     near: Float[Array, ""]
@@ -68,12 +71,13 @@ class Compact(NamedTuple):
     """
 
     rows: Float[Array, "n inputs"]
+    stairs: Staircase
     screens: tuple[Float[Array, "first inputs"], Float[Array, "second inputs"]] | None
     table: Float[Array, "n first"] | None
 
 
 class World(NamedTuple):
-    """The numbers and arrays of a measurement; ``monitor`` is the interval of scheduled full looks."""
+    """The numbers and arrays of a measurement; ``monitor`` and ``turns`` are those of ``scheduled``."""
 
     inputs: Float[Array, "n ..."]
     targets: Array
@@ -84,6 +88,16 @@ class World(NamedTuple):
     gate: Gate | None
     screens: tuple[Screen, Screen] | None
     compact: Compact | None = None
+    turns: Int[Array, ""] | int = 1
+
+
+def scheduled(step: Any, slot: Any, monitor: Any, turns: Any) -> Any:
+    """Whether the full loss is looked at in any case: every ``monitor`` iterations, of the replicas whose turn it is.
+
+    >>> [slot for slot in range(6) if scheduled(800, slot, 400, 3)]
+    [1, 4]
+    """
+    return (step % monitor == 0) & ((slot + step // monitor) % turns == 0)
 
 
 class Seen(NamedTuple):
@@ -130,32 +144,37 @@ def asks(value: Array, limits: Limits, stage: int, always: Bool[Array, ""]) -> A
     return jnp.where(always | ~(value < limits.threshold), 1.0, low)
 
 
-def gate_asks(gate: Float[Array, ""], step: Int[Array, ""], world: World) -> Float[Array, ""]:
+def renew_gate(gate: Float[Array, ""], batch_loss: Array) -> Float[Array, ""]:
+    """The gate after one more batch."""
+    return jnp.maximum(MEMORY_OF_GATE * gate, batch_loss.astype(jnp.float32))
+
+
+def gate_asks(gate: Float[Array, ""], step: Int[Array, ""], due: Bool[Array, ""], world: World) -> Float[Array, ""]:
     """Probability with which the first screen is computed."""
     if world.gate is None:
         return jnp.ones((), jnp.float32)
-    return asks(gate, world.gate.limits, 0, (step % world.monitor == 0) | (step % SAMPLE_INTERVAL == 0))
+    return asks(gate, world.gate.limits, 0, due | (step % SAMPLE_INTERVAL == 0))
 
 
-def second_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World) -> Seen:
+def second_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], due: Bool[Array, ""], world: World) -> Seen:
     """The second screen, and the full loss where that asks for it.
 
-    ``seen.probability`` is the one with which the stages before asked; ``uniform`` is below it.
+    ``seen.probability`` is the one with which the stages before asked; ``uniform`` is below it. ``due``: all are asked.
     """
     assert world.screens is not None
     second = losses.screen(1)
-    probability = seen.probability * asks(second, world.screens[1].limits, 2, step % world.monitor == 0)
+    probability = seen.probability * asks(second, world.screens[1].limits, 2, due)
     loss = jax.lax.cond(uniform < probability, losses.full, lambda: seen.loss)
     return seen._replace(second=second, loss=loss, probability=probability)
 
 
-def first_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], step: Int[Array, ""], world: World) -> Seen:
+def first_look(losses: Losses, seen: Seen, uniform: Float[Array, ""], due: Bool[Array, ""], world: World) -> Seen:
     """The first screen, and the second where that asks for it."""
     assert world.screens is not None
     first = losses.screen(0)
-    probability = seen.probability * asks(first, world.screens[0].limits, 1, step % world.monitor == 0)
+    probability = seen.probability * asks(first, world.screens[0].limits, 1, due)
     seen = seen._replace(first=first, probability=probability)
-    return jax.lax.cond(uniform < probability, lambda: second_look(losses, seen, uniform, step, world), lambda: seen)
+    return jax.lax.cond(uniform < probability, lambda: second_look(losses, seen, uniform, due, world), lambda: seen)
 
 
 def look(
@@ -163,6 +182,7 @@ def look(
     gate: Float[Array, ""],
     uniform: Float[Array, ""],
     step: Int[Array, ""],
+    due: Bool[Array, ""],
     world: World,
 ) -> tuple[Seen, Bool[Array, ""]]:
     """What was seen of one replica at this iteration, and whether the full loss was computed."""
@@ -172,10 +192,8 @@ def look(
         looked = step % world.check_interval == 0
         loss = jax.lax.cond(looked, losses.full, lambda: nan)
         return seen._replace(first=loss, second=loss, loss=loss), looked
-    seen = seen._replace(probability=gate_asks(gate, step, world))
-    seen = jax.lax.cond(
-        uniform < seen.probability, lambda: first_look(losses, seen, uniform, step, world), lambda: seen
-    )
+    seen = seen._replace(probability=gate_asks(gate, step, due, world))
+    seen = jax.lax.cond(uniform < seen.probability, lambda: first_look(losses, seen, uniform, due, world), lambda: seen)
     return seen, uniform < seen.probability
 
 
@@ -196,7 +214,7 @@ class Tally(NamedTuple):
     """Sum of the log of the first screen (of the loss, where looks are exact)."""
     log_loss_square: Float[Array, ""]
     near: Int[Array, ""]
-    """Iterations at which the first screen was near the barrier."""
+    """Iterations at which the second screen was near the barrier."""
     lowest_gate: Float[Array, ""]
     """The lowest gate among those."""
 
@@ -225,7 +243,7 @@ class Tally(NamedTuple):
         usable = jnp.isfinite(log_loss)
         near = jnp.zeros_like(usable)
         if world.gate is not None:
-            near = seen.first > world.gate.near
+            near = seen.second > world.gate.near
             usable = usable & (step % SAMPLE_INTERVAL == 0)
         log_loss = jnp.where(usable, log_loss, 0.0)
         return Tally(
@@ -261,13 +279,15 @@ def watch(
 
     Where nothing is asked, neither changes.
     """
-    asked = uniform < gate_asks(gate, step, world) if world.screens is not None else step % world.check_interval == 0
+    due = scheduled(step, slot.astype(step.dtype), world.monitor, world.turns)
+    exact = step % world.check_interval == 0
+    asked = exact if world.screens is None else uniform < gate_asks(gate, step, due, world)
 
     def asking(tally: Tally, records: Array) -> tuple[Array, Tally, Array]:
-        seen, looked = look(losses, gate, uniform, step, world)
+        seen, looked = look(losses, gate, uniform, step, due, world)
         escaped = crossed(seen, looked, world)
         row = jnp.stack([step, slot, *seen])
-        keep = looked & (step % world.monitor == 0) if world.screens is None else looked
+        keep = looked & due if world.screens is None else looked
         records = jax.lax.cond(keep, lambda: jnp.roll(records, 1, axis=0).at[0].set(row), lambda: records)
         return escaped, tally.add(seen, looked, escaped, step, world), records
 

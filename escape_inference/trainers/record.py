@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from escape_inference.trainers.burn_in import rate_change
-from escape_inference.trainers.looks import CLOSE_LOOKS
+from escape_inference.trainers.looks import CLOSE_LOOKS, scheduled
 from escape_inference.trainers.rounds import Round
 
 TREND_BINS = 8
@@ -117,6 +117,7 @@ class Outcome:
     begin: int
     end: int
     monitor: int
+    turns: int
     screens: tuple[int, int] | None
     burn_in_test: dict[str, float]
     settled: bool
@@ -155,7 +156,8 @@ def make_rows(condition: Condition, outcome: Outcome) -> pd.DataFrame:
 def make_trend(condition: Condition, outcome: Outcome) -> pd.DataFrame:
     """Rate and median loss in a few periods of the measured iterations."""
     records = np.concatenate([done.records for done in outcome.rounds])
-    scheduled = records[(records[:, 0] % outcome.monitor == 0) & np.isfinite(records[:, 5])]
+    due = scheduled(records[:, 0], records[:, 1], outcome.monitor, outcome.turns)
+    looked = records[due & np.isfinite(records[:, 5])]
     length = outcome.end - outcome.begin
     bins = min(max(length // outcome.monitor, 1), TREND_BINS)
     edges = np.linspace(outcome.begin, outcome.end, bins + 1).astype(int)
@@ -168,7 +170,7 @@ def make_trend(condition: Condition, outcome: Outcome) -> pd.DataFrame:
         if condition.start == "minimum":
             iterations -= float(np.sum(np.clip(high - ends, 0, high - low)))
         exposure = condition.learning_rate * iterations
-        losses = scheduled[(scheduled[:, 0] > low) & (scheduled[:, 0] <= high), 5]
+        losses = looked[(looked[:, 0] > low) & (looked[:, 0] <= high), 5]
         rows.append(
             {
                 "step_from": int(low),

@@ -8,8 +8,8 @@ iteration) make exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.blocks import Blocks, make_blocks
-from escape_inference.trainers.looks import MEMORY_OF_GATE, RECORD, LossesOf, Tally, World, no_records, watch
+from escape_inference.trainers.looks import IN_ONE_THREAD, RECORD, LossesOf, Tally, World, no_records, renew_gate, watch
 from escape_inference.trainers.rounds import DONORS, Extinct, Round
 from escape_inference.trainers.sgd import Recipe, slot_key
 
@@ -47,7 +47,7 @@ def compiled_piece(recipe: Recipe) -> Callable:
             inner, batch_loss = recipe.step(
                 inner, world.learning_rate, world.inputs, world.targets, indices, stream, step
             )
-            gate = MEMORY_OF_GATE * gate + (1 - MEMORY_OF_GATE) * batch_loss.astype(jnp.float32)
+            gate = renew_gate(gate, batch_loss)
 
             losses = LossesOf(recipe, inner[0], world)
             escaped, tally, records = watch(watched, losses, gate, uniform, step, slot, tally, records, world)
@@ -58,7 +58,7 @@ def compiled_piece(recipe: Recipe) -> Callable:
         state, step, escaped, _, tally, records = jax.lax.while_loop(lambda c: (c[1] < end) & ~c[2], body, carry)
         return state, step, escaped, tally, records
 
-    return jax.jit(piece)
+    return jax.jit(piece, compiler_options=IN_ONE_THREAD)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class _Piece:
 class Replicas:
     """The states of all replica slots, advanced round by round; see the module's docstring.
 
-    A state is the parameters and the optimiser's, and the running mean of the batch losses.
+    A state is the parameters and the optimiser's, and the gate of ``looks.py``.
     """
 
     gated = True
@@ -129,19 +129,6 @@ class Replicas:
         step, escaped, tally, records = jax.tree.map(np.asarray, others)
         return _Piece(state, start, new, int(step), bool(escaped), tally, records[np.isfinite(records[:, 0])][::-1])
 
-    def _parallel(self, pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: Iterable[tuple]) -> list[Any]:
-        double = bool(jax.config.read("jax_enable_x64"))  # a setting of the calling thread alone
-
-        def in_thread(job: tuple) -> Any:
-            with jax.enable_x64(double):
-                return work(*job)
-
-        waiting = list(jobs)
-        results: list[Any] = []
-        for first in range(0, len(waiting), self.replica_batch):
-            results.extend(pool.map(in_thread, waiting[first : first + self.replica_batch]))
-        return results
-
     def advance(self, end: int, world: World) -> Round:
         """Advance every living replica to iteration ``end``.
 
@@ -150,16 +137,34 @@ class Replicas:
         """
         slots = [slot for slot, alive in enumerate(self.alive) if alive]
         world = self._in_blocks(world)
-        pool = ThreadPoolExecutor(self.threads)
+        double = bool(jax.config.read("jax_enable_x64"))  # a setting of the calling thread alone
+
+        def in_thread(work: Callable[..., _Piece], *job: Any) -> _Piece:
+            with jax.enable_x64(double):
+                return work(world, *job)
+
+        pieces: list[list[_Piece]] = [[] for _ in self.alive]
+        undecided: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # escapes (iteration, slot) that await the next piece of a slot
+        pool = ThreadPoolExecutor(min(self.threads, self.replica_batch))
         try:
-            jobs = [(world, self.states[slot], slot, self.step, end) for slot in slots]
-            pieces: list[list[_Piece]] = [[] for _ in self.alive]
-            for slot, piece in zip(slots, self._parallel(pool, self._run, jobs), strict=True):
-                pieces[slot].append(piece)
-            while self.replace and (ready := self._replacements(pieces)):
-                renewed = self._parallel(pool, self._renew, [(world, pieces, *event, end) for event in ready])
-                for (slot, _, _), piece in zip(ready, renewed, strict=True):
+            running = {
+                pool.submit(in_thread, self._run, self.states[slot], slot, self.step, end): slot for slot in slots
+            }
+            while running:
+                escapes = []
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    slot, piece = running.pop(future), future.result()
                     pieces[slot].append(piece)
+                    escapes += undecided.pop(slot, []) + [(piece.end, slot)] * piece.escaped
+                for step, slot in escapes if self.replace else []:
+                    donor = self._donor(pieces, slot, step)
+                    source = next((piece for piece in pieces[donor] if piece.start < step <= piece.end), None)
+                    if source is None:
+                        undecided.setdefault(donor, []).append((step, slot))
+                    else:
+                        running[pool.submit(in_thread, self._renew, source, slot, donor, step, end)] = slot
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         for slot in slots:
@@ -169,22 +174,20 @@ class Replicas:
         self.step = end
         return self._round(pieces)
 
-    def _replacements(self, pieces: list[list[_Piece]]) -> list[tuple[int, int, int]]:
-        """Escapes (slot, donor, iteration) whose donor is already certain; the earliest one always is."""
-        waiting = sorted((own[-1].end, slot) for slot, own in enumerate(pieces) if own[-1].escaped)
-        ready = []
-        for step, slot in waiting:
-            scores = donor_scores(self.key, slot, step, len(pieces))
-            status = [_status(own, step) for own in pieces]
-            if not any(status_ != "escaped" for status_ in status):
-                raise Extinct(step)
-            donor = max((j for j, status_ in enumerate(status) if status_ != "escaped"), key=lambda j: scores[j])
-            if status[donor] == "survived":
-                ready.append((slot, donor, step))
-        return ready
+    def _donor(self, pieces: list[list[_Piece]], slot: int, step: int) -> int:
+        """The one with the highest score of those that, as far as is known, did not escape at this iteration too.
 
-    def _renew(self, world: World, pieces: list[list[_Piece]], slot: int, donor: int, step: int, end: int) -> _Piece:
-        source = next(piece for piece in pieces[donor] if piece.start < step <= piece.end)
+        Where it is not known yet whether it did, the choice is final only if it did not; for the earliest escape of all
+        it always becomes known.
+        """
+        scores = donor_scores(self.key, slot, step, len(pieces))
+        candidates = [j for j, own in enumerate(pieces) if not any(p.escaped and p.end == step for p in own)]
+        if not candidates:
+            raise Extinct(step)
+        return max(candidates, key=lambda j: scores[j])
+
+    def _renew(self, world: World, source: _Piece, slot: int, donor: int, step: int, end: int) -> _Piece:
+        """Go on from the state of the donor at this iteration, which lies in ``source``."""
         if step == source.end:
             state = source.state
         else:
@@ -204,16 +207,6 @@ class Replicas:
             tally=jax.tree.map(lambda *xs: np.asarray(xs), *tallies),
             records=np.concatenate([p.records for own in pieces for p in own] or [np.empty((0, RECORD))]),
         )
-
-
-def _status(own: list[_Piece], step: int) -> str:
-    """What a slot was doing at that iteration: survived it, escaped at it, or not known yet."""
-    for piece in own:
-        if piece.escaped and piece.end == step:
-            return "escaped"
-        if piece.start < step <= piece.end:
-            return "survived"
-    return "unknown"
 
 
 @lru_cache(maxsize=1)

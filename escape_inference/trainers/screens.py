@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from scipy.special import ndtr
 
-from escape_inference.trainers.first_layer import FirstLayer, first_layer
+from escape_inference.trainers.first_layer import FirstLayer, Staircase, first_layer
 from escape_inference.trainers.looks import FAR_LOOKS, Gate, Limits, Screen, World
 from escape_inference.trainers.losses import sample_losses
 from escape_inference.trainers.rounds import Round
@@ -32,8 +32,10 @@ FEWEST = 1024
 GATE_SAFETY = 0.85
 """The gate asks from this fraction of its lowest value seen near the barrier."""
 SMALLEST_SPREAD = 1e-3
-STRETCHES = (1.1, 30.0)
-FEWEST_SNAPSHOTS = 16
+STRETCHES, PROBED, PROBE = (1.1, 30.0), 12, 256
+"""Smallest and largest stretch of a pilot's displacement, how many are tried, and on how many samples."""
+FEWEST_SNAPSHOTS, WARM_UP = 16, 64
+"""States without which there are no screens, and iterations before the first of them."""
 CLIMBING = 0.03
 """Share of its time that SGD is taken to spend evenly between its typical loss and the barrier, for the cost."""
 NEAR = 0.25
@@ -43,7 +45,7 @@ LARGEST_WEIGHT = 4.0
 MEMORY, PRIOR_LOOKS = 512, 10.0
 """Looks remembered for the thresholds, and how many of them the pilot counts for."""
 ENOUGH_FOR_GATE = 25
-"""Iterations near the barrier from which the lowest gate is trusted."""
+"""Iterations near the barrier from which the lowest gate is trusted; before, the part of it in proportion to them."""
 KICKED = 1.5
 """A loss near the barrier comes from a few large batch losses; the pilot's stretched states vary less, by this factor."""
 PILOT_SLOT = 0x70696C6F
@@ -54,7 +56,7 @@ class Screens:
     """Two weighted subsamples with the offset and spread of ``log(full loss) - log(screen)``, and the lowest gate.
 
     The gate's error is far from normal (a run leaves by one large batch loss, or by several smaller ones), so its
-    threshold is the lowest value that it had near the barrier; until that is known well enough, it asks always.
+    threshold is a part of the lowest value that it had near the barrier; until there was one, it asks always.
     """
 
     indices: tuple[np.ndarray, np.ndarray]
@@ -100,8 +102,8 @@ class Screens:
 
     def gate(self, barrier: float, loss_minimum: float) -> Gate:
         """Where the gate asks for the first screen."""
-        lowest = GATE_SAFETY * self.lowest_gate if self.near >= ENOUGH_FOR_GATE else 0.0
-        near = barrier * (barrier / loss_minimum) ** -NEAR * np.exp(-self.offset[0])
+        lowest = GATE_SAFETY * min(self.near / ENOUGH_FOR_GATE, 1.0) * self.lowest_gate if self.near else 0.0
+        near = barrier * (barrier / loss_minimum) ** -NEAR * np.exp(-self.offset[1])
         return Gate(Limits(jnp.float32(lowest), jnp.float32(GATE_SAFETY * lowest)), jnp.float32(near))
 
     def put_into(self, world: World, loss_minimum: float) -> World:
@@ -136,33 +138,31 @@ def _compiled_pilot(recipe: Recipe) -> Callable:
 
 
 def pilot_losses(
-    recipe: Recipe, params: PyTree, key: PRNGKeyArray, world: World, snapshots: int = 24, interval: int = 16
+    recipe: Recipe, params: PyTree, key: PRNGKeyArray, world: World, snapshots: int = 18, interval: int = 16
 ) -> tuple[Float[np.ndarray, "s n"], Float[np.ndarray, "t n"]]:
-    """Losses of every sample along a run that is put back to the minimum whenever it is found above the barrier.
+    """Losses of every sample along a run that is put back to its last state whenever it is found above the barrier.
 
     And the same at states near the barrier, where the screens must be right: those of the run, with their displacement
-    from the minimum stretched. The stretch comes from the state before, as if the loss were quadratic.
+    from the minimum stretched. A few samples tell how far.
     """
     run, barrier = _compiled_pilot(recipe), float(world.barrier)
-    origin = state = recipe.start(params, float(world.learning_rate))
-    losses_at = _Stretched(recipe, origin[0], world)
+    origin = kept = recipe.start(params, float(world.learning_rate))
+    losses_at, aim = _Stretched(recipe, origin[0], world), barrier
     met: list[np.ndarray] = []
     near: list[np.ndarray] = []
-    stretch = 3.0
+    step = 0
     for snapshot in range(4 * snapshots):
-        step = snapshot * interval
-        state = run(state, jnp.int32(step), jnp.int32(step + interval), key, world)
-        losses, there = (np.asarray(found, dtype=np.float64) for found in losses_at(state[0], stretch))
+        end = step + (interval if snapshot else WARM_UP)
+        state, step = run(kept, jnp.int32(step), jnp.int32(end), key, world), end
+        losses, there = (np.asarray(found, dtype=np.float64) for found in losses_at(state[0], aim))
         level = losses.mean()
         if level <= 2 * barrier:
             met.append(losses)
             if barrier / 2 < there.mean() < 2 * barrier:
                 near.append(there)
-            slope = (there.mean() - level) / (stretch**2 - 1)
-            wanted = np.sqrt(max(1 + (barrier - level) / slope, 0.0)) if slope > 0 else 2 * stretch
-            stretch = float(np.clip(wanted, *STRETCHES))
-        if not level <= barrier:
-            state = origin
+                aim *= np.sqrt(barrier / there.mean())
+        if level <= barrier:
+            kept = state
         if len(near) == snapshots:
             break
     samples = len(world.inputs)
@@ -172,35 +172,55 @@ def pilot_losses(
 class _Stretched:
     """The losses of every sample at some parameters, and with their displacement from the origin stretched.
 
-    Where the first layer is a product with the inputs, it is made once for both and for the origin, being linear.
+    By so much that the mean loss of ``PROBE`` samples, spread evenly over the data, is ``aim``. Where the first layer
+    is a product with the inputs, it is made once for all and for the origin, being linear.
     """
 
     def __init__(self, recipe: Recipe, origin: PyTree, world: World) -> None:
         layer = first_layer(recipe.apply, origin, world.inputs)
-        self._losses, self._arrays = _compiled_losses(recipe, layer), (world.inputs, world.targets)
+        self._losses = _compiled_losses(recipe, layer)
+        self._inputs: Array | Staircase = world.inputs
+        self._targets = world.targets
         self._origin: tuple[PyTree, Array | None] = origin, None
         if layer is not None:
-            self._arrays = (layer.rows(world.inputs), world.targets)
-            self._origin = origin, self._arrays[0] @ layer.take(origin)[0]
+            stairs = Staircase.of(layer.rows(world.inputs))
+            self._inputs, self._targets = stairs, world.targets[stairs.order]
+            matrix, others = layer.take(origin)
+            self._origin = others, stairs.times(matrix)
 
-    def __call__(self, params: PyTree, stretch: float) -> tuple[Array, Array]:
-        return self._losses(self._origin, params, jnp.float32(stretch), *self._arrays)
+    def __call__(self, params: PyTree, aim: float) -> tuple[Array, Array]:
+        return self._losses(self._origin, params, jnp.float32(aim), self._inputs, self._targets)
 
 
 @lru_cache(maxsize=32)
 def _compiled_losses(recipe: Recipe, layer: FirstLayer | None) -> Callable:
-    def stretched(start: PyTree, end: PyTree, stretch: Array) -> PyTree:
-        return jax.tree.map(lambda start, end: start + stretch * (end - start), start, end)
+    stretches = jnp.geomspace(*STRETCHES, PROBED)
 
-    def losses(origin: tuple, params: PyTree, stretch: Array, inputs: Array, targets: Array) -> tuple[Array, Array]:
-        if layer is None:
-            at = lambda params: sample_losses(recipe.apply, recipe.loss, params, inputs, targets)
-            return at(params), at(stretched(origin[0], params, stretch))
-        matrix, others = layer.take(params)
-        here = others, inputs @ matrix
-        there = stretched((layer.take(origin[0])[1], origin[1]), here, stretch)
-        first, second = (jax.vmap(recipe.loss)(layer.rest(params, *at), targets) for at in (here, there))
-        return first, second
+    def losses(
+        origin: PyTree, params: PyTree, aim: Array, inputs: Array | Staircase, targets: Array
+    ) -> tuple[Array, Array]:
+        if isinstance(inputs, Staircase):
+            assert layer is not None
+            matrix, others = layer.take(params)
+            here: tuple[PyTree, Array | None] = others, inputs.times(matrix)
+        else:
+            here = params, None
+
+        def at(stretch: Array | float, chosen: Array | slice = slice(None)) -> Array:
+            own, product = jax.tree.map(lambda start, end: start + stretch * (end - start), origin, here)
+            if layer is None:
+                assert not isinstance(inputs, Staircase)
+                return sample_losses(recipe.apply, recipe.loss, own, inputs[chosen], targets[chosen])
+            return jax.vmap(recipe.loss)(layer.rest(params, own, product[chosen]), targets[chosen])
+
+        probe = jnp.linspace(0, len(targets) - 1, min(PROBE, len(targets))).astype(int)
+        means = jax.lax.map(lambda stretch: jnp.mean(at(stretch, probe)), stretches)
+        rising = jax.lax.cummax(jnp.where(jnp.isfinite(means), means, jnp.inf))
+        stretch = jnp.interp(jnp.log(aim), jnp.log(rising), stretches)
+        near, far = at(1.0), at(stretch)
+        if isinstance(inputs, Staircase):
+            near, far = (jnp.zeros_like(losses).at[inputs.order].set(losses) for losses in (near, far))
+        return near, far
 
     return jax.jit(losses)
 
