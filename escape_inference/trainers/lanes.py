@@ -27,7 +27,7 @@ from escape_inference.trainers.looks import (
     scheduled,
     second_look,
 )
-from escape_inference.trainers.rounds import DONORS, Extinct, Round
+from escape_inference.trainers.rounds import DONORS, SHORTEST, Extinct, Round
 from escape_inference.trainers.sgd import Recipe, slot_key
 
 CAPACITY = 4096
@@ -211,7 +211,7 @@ class Lanes:
         return jax.tree.map(lambda leaf: leaf[slot], self.states)
 
     def round_length(self, escapes: int, replica_steps: int) -> int:
-        return LONGEST
+        return min(max(self.step, SHORTEST), LONGEST)
 
     def advance(self, end: int, world: World) -> Round:
         """Advance every living lane to iteration ``end``.

@@ -21,11 +21,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from escape_inference.trainers.blocks import Blocks, make_blocks
 from escape_inference.trainers.looks import IN_ONE_THREAD, RECORD, LossesOf, Tally, World, no_records, renew_gate, watch
-from escape_inference.trainers.rounds import DONORS, Extinct, Round
+from escape_inference.trainers.rounds import DONORS, SHORTEST, Extinct, Round
 from escape_inference.trainers.sgd import Recipe, slot_key
 
-SHORTEST, LONGEST = 16, 128
-"""Iterations of one round."""
+LONGEST = 128
+"""Iterations of one round at most."""
 
 
 @lru_cache(maxsize=32)
@@ -112,7 +112,7 @@ class Replicas:
     def round_length(self, escapes: int, replica_steps: int) -> int:
         """So long that about a quarter of the replicas escape in a round: longer ones repeat much for the copies."""
         if not self.replace:
-            return LONGEST
+            return min(max(self.step, SHORTEST), LONGEST)
         return min(max(replica_steps // (4 * (escapes + 1)), SHORTEST), LONGEST)
 
     def _in_blocks(self, world: World) -> World:

@@ -12,6 +12,9 @@ from escape_inference.trainers.looks import Tally
 DONORS = 0x646F6E6F
 """Stream of the random numbers that choose a donor."""
 
+SHORTEST = 16
+"""Iterations of the first round; later ones are longer, but screens learn from round to round."""
+
 
 class Extinct(Exception):
     """Every replica escaped at the same iteration."""

@@ -18,7 +18,7 @@ from escape_inference.trainers.losses import sample_losses
 from escape_inference.trainers.rounds import Round
 from escape_inference.trainers.sgd import Recipe, slot_key
 
-SAFETY = 2.75
+SAFETY = 3.0
 """A screen lets a loss pass only if its estimate is this many standard deviations below the barrier."""
 CLOSE = 0.75
 """Width, in standard deviations, of the band below a threshold in which extra looks are frequent."""
@@ -46,7 +46,7 @@ MEMORY, PRIOR_LOOKS = 512, 10.0
 """Looks remembered for the thresholds, and how many of them the pilot counts for."""
 ENOUGH_FOR_GATE = 25
 """Iterations near the barrier from which the lowest gate is trusted; before, the part of it in proportion to them."""
-KICKED = 1.5
+KICKED = 2.0
 """A loss near the barrier comes from a few large batch losses; the pilot's stretched states vary less, by this factor."""
 PILOT_SLOT = 0x70696C6F
 
