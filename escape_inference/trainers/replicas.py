@@ -144,9 +144,8 @@ class Replicas:
                 return work(world, *job)
 
         pieces: list[list[_Piece]] = [[] for _ in self.alive]
-        undecided: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # escapes (iteration, slot) that await the next piece of a slot
+        # escapes (iteration, slot) that await the next piece of a slot, by that slot
+        undecided: dict[int, list[tuple[int, int]]] = {}
         pool = ThreadPoolExecutor(min(self.threads, self.replica_batch))
         try:
             running = {
