@@ -143,9 +143,9 @@ def compiled_blocks(recipe: Recipe, layer: FirstLayer) -> Callable:
             going = lambda c: (c[0] < length) & (step + c[0] < end) & ~c[4]
             last = jax.lax.while_loop(going, iteration, inner)
             done, others, slopes, gate, escaped, tally, records = last
-            last_ = losses(others, slopes)
-            screened = None if screened is None else last_.first()
-            return last_.moved(), others, gate, step + done, escaped, order, tally, records, screened
+            ended = losses(others, slopes)
+            screened = None if screened is None else ended.first()
+            return ended.moved(), others, gate, step + done, escaped, order, tally, records, screened
 
         matrix, others = layer.take(params)
         screened = None if compact.screens is None else compact.screens[0] @ matrix
