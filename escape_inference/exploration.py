@@ -413,7 +413,7 @@ def _from_rates(
 ) -> Float[np.ndarray, "point condition"]:
     count = len(problem.target.used) - 2
     log_prefactor, base = model[:, count], model[:, count + 1]
-    sigma = discrepancy_of(jnp.asarray(base), widths.discrepancy)
+    sigma = discrepancy_of(np.asarray(base), widths.discrepancy)
     return _log_likelihoods(rates + log_prefactor[:, None], sigma, problem.observed)
 
 

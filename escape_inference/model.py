@@ -18,6 +18,7 @@ import pandas as pd
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 from numpyro import handlers
+from scipy import special
 
 from escape_inference.conditions import Conditions
 from escape_inference.law import Law, Setting, typical_curvature
@@ -27,6 +28,7 @@ from escape_inference.surrogate import Surrogate
 from escape_inference.waiting import GammaLikelihood
 
 MEAN_DISCREPANCY = 0.5
+LEAST_DISCREPANCY = 1e-6
 MEAN_SPREAD = 0.3  #: of a pooled parameter between minima, on the logarithm
 POOLED = ("temperature_scale", "effective_dimension", "log_prefactor")
 BARRIER_FLOOR = 0.02
@@ -212,9 +214,11 @@ def by_minimum(name: str, value: Array, inputs: Inputs, positive: bool) -> Array
     return numpyro.deterministic(f"{name}_by_minimum", each)[inputs.minimum]
 
 
-def discrepancy_of(base: Float[Array, "..."], width: Float[Array, ""] | float = 1.0) -> Float[Array, "..."]:
-    """σ, exponential with mean 0.5 · ``width``, from a standard normal variable."""
-    return jnp.maximum(-MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base), 1e-6)
+def discrepancy_of(base: Float[Any, "..."], width: Float[Any, ""] | float = 1.0) -> Float[Any, "..."]:
+    """σ, exponential with mean 0.5 · ``width``, from a standard normal variable; in JAX or, for a NumPy array, in NumPy."""
+    if isinstance(base, np.ndarray):  # operation by operation JAX would compile dozens of programs
+        return np.maximum(-MEAN_DISCREPANCY * np.asarray(width) * special.log_ndtr(-base), LEAST_DISCREPANCY)
+    return jnp.maximum(-MEAN_DISCREPANCY * width * jax.scipy.special.log_ndtr(-base), LEAST_DISCREPANCY)
 
 
 def latent_log(name: str, measured: Measured) -> Float[Array, " item"]:
