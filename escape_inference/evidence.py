@@ -22,15 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from escape_inference.bridge import bridge_halves
 from escape_inference.precision import float64
 from escape_inference.student import LogDensity
-from escape_inference.tempering import Outcome, tempered_log_evidences
+from escape_inference.tempering import Outcome, Sampler, tempered_log_evidences
 
 MAX_ERRORS, MAX_NATS = 3.0, 0.5  # two evidences agree within so many combined standard errors, and within so many nats
 
@@ -90,7 +88,7 @@ def bridge_log_evidence(log_density: LogDensity, draws: ArrayLike, *, data: Any 
 
     A Gamma(2, rate 1) prior on the rate, 7 escapes in 30 units of time: Z = 8! / 31**9, so log Z = -20.3010.
 
-    >>> import numpy as np
+    >>> import jax.numpy as jnp
     >>> draws = np.log(np.random.default_rng(1).gamma(9, 1 / 31, size=(4, 1000, 1)))
     >>> result = bridge_log_evidence(lambda z: 9 * z[0] - 31 * jnp.exp(z[0]), draws)
     >>> abs(result.log_evidence + 20.3010) < 0.01, result.standard_error < 0.01
@@ -150,6 +148,7 @@ def smc_log_evidence(
 
     The case of :func:`bridge_log_evidence`, from the prior, is within three standard errors of -20.3010:
 
+    >>> import jax, jax.numpy as jnp
     >>> result = smc_log_evidence(
     ...     lambda z: 2 * z[0] - jnp.exp(z[0]),
     ...     lambda z: 7 * z[0] - 30 * jnp.exp(z[0]),
@@ -177,24 +176,10 @@ def smc(
     target: float = 0.5,
     max_temperatures: int = 500,
     wanted: float = 0.0,
-    only_compile: bool = False,
-) -> tuple[Evidence, Outcome | None]:
-    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior; fewer replicates where they give the error ``wanted``.
-
-    With ``only_compile`` nothing is computed: the program for data of this shape is made in the background.
-    """
-    arguments = data, jax.random.key(seed), jnp.asarray(target, jnp.float64), jnp.asarray(wanted, jnp.float64)
-    static: dict[str, Any] = {
-        "log_prior": log_prior,
-        "log_likelihood": log_likelihood,
-        "sample_prior": sample_prior,
-        "particles": particles,
-        "moves": moves,
-        "replicates": replicates,
-        "steps": max_temperatures,
-    }
-    if only_compile:
-        tempered_log_evidences.prepare(*arguments, **static)
-        return Evidence(float("nan"), float("nan"), "smc"), None
-    outcome: Outcome = tempered_log_evidences(*arguments, **static)
-    return Evidence(float(outcome.log_evidence), float(outcome.standard_error), "smc"), outcome
+) -> tuple[Evidence, Outcome]:
+    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior; fewer replicates where they give the error ``wanted``."""
+    sampler = Sampler(log_prior, log_likelihood, sample_prior, particles, moves)
+    outcome = tempered_log_evidences(
+        sampler, data, seed, target=target, wanted=wanted, replicates=replicates, steps=max_temperatures
+    )
+    return Evidence(outcome.log_evidence, outcome.standard_error, "smc"), outcome

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from scipy.special import logsumexp
+from scipy.stats import norm
 
 from escape_inference.evidence import Evidence, smc
 from escape_inference.law import BUILT_IN_ORDER, Law, Parameter, built_in_laws
@@ -30,16 +31,17 @@ from escape_inference.model import (
 from escape_inference.passage_table import RICHARDSON, tables_for
 from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.sampler import Shapes
-from escape_inference.student import normals
+from escape_inference.student import at_points
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
-from escape_inference.tempering import Outcome
+from escape_inference.tempering import Outcome, Sampler
 
 FEW_DIMENSIONS = 7
 SMALLEST_ROOM = 40  #: conditions in the smallest program; compiling another takes longer than computing with as many
 PARTICLES = 2000
-BLOCK = 500
+BLOCK = 512
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
 MOST_RUNS = 12
+MOVES = 64
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
 EDGE = 0.9  #: of the near table, from which points are said to come to it
@@ -97,7 +99,11 @@ class Problem:
 
 def seen_by(target: Target, observed: Observations) -> Observations:
     """What was seen, with empty conditions of weight 0 at the end for as many as the target has."""
-    extra = target.inputs.learning_rate.shape[0] - np.shape(observed.escapes)[0]
+    return _grown(observed, target.inputs.learning_rate.shape[0])
+
+
+def _grown(observed: Observations, size: int) -> Observations:
+    extra = size - np.shape(observed.escapes)[0]
     if not extra:
         return observed
     empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1e-6, "weight": 0.0}
@@ -140,7 +146,7 @@ def explore(
         announce(blank := _blank(problem, "near"), seen_by(blank, observed))
     table = None
     if tabulated:
-        _tempered(_blank(problem, "wide"), observed, seed, size, only_compile=True)
+        _prepare_tempered(_blank(problem, "wide"), observed, size)
         offset, scale = _prior_scales(law, inputs)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
     if table is not None:
@@ -151,9 +157,7 @@ def explore(
         if announce is not None:
             announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size)
-    assert outcome is not None
-    z = np.asarray(outcome.particles).reshape(-1, outcome.particles.shape[-1])
-    weight = np.asarray(outcome.weights).ravel()
+    z, weight = outcome.particles.reshape(-1, outcome.particles.shape[-1]), outcome.weights.ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)
     particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
@@ -161,13 +165,19 @@ def explore(
     return focus(replace(scout, evidence=_of_the_law_itself(scout)))
 
 
-def _tempered(
-    target: Target, observed: Observations, seed: int, size: int, only_compile: bool = False
-) -> tuple[Evidence, Outcome | None]:
+def _tempered(target: Target, observed: Observations, seed: int, size: int) -> tuple[Evidence, Outcome]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
     data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
-    options: dict[str, Any] = {"particles": size, "replicates": MOST_RUNS, "wanted": ERROR_WANTED}
-    return smc(log_prior, log_likelihood, from_prior, data, seed, only_compile=only_compile, **options)
+    sizes: dict[str, Any] = {"particles": size, "moves": MOVES, "replicates": MOST_RUNS}
+    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=ERROR_WANTED, **sizes)
+
+
+def _prepare_tempered(target: Target, observed: Observations, size: int) -> None:
+    """Start compiling for a target of this shape."""
+    _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
+    data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
+    dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
+    Sampler(log_prior, log_likelihood, from_prior, size, MOVES).prepare(data, dim)
 
 
 def _blank(problem: Problem, extent: str) -> Target:
@@ -258,16 +268,41 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
 
     def from_prior(key: Array, data: Any) -> Array:
         inputs, observed, widths = data
-        if law is SLOT_LAW:
-            return normals(key, SLOTS + 2)
         return sample_prior(key, law, inputs, observed, 1, widths)[0]
 
     functions: tuple[Any, ...] = log_joint, log_prior, log_likelihood, from_prior
+    if law is SLOT_LAW:  # from programs that there are in any case
+        functions[1].at_points, functions[2].at_points = _slot_log_priors, _slot_log_likelihoods
+        functions[3].draws = lambda count, rng, data: _slot_scale(data) * rng.standard_normal((count, SLOTS + 2))
+    functions[0].at_points = lambda z, data: at_points(log_prior, z, data) + at_points(log_likelihood, z, data)
     shipped = law.name in BUILT_IN_ORDER and built_in_laws().get(law.name) is law
     if law is SLOT_LAW or shipped:  # a text says all about them, other laws may depend on any file
         for function in functions:
             function.stored_as = f"{function.__name__} of {law.name} {shapes}"
     return functions
+
+
+def _slot_scale(data: Any) -> np.ndarray:
+    """Standard deviations of the prior of the slots, the log prefactor and the discrepancy's normal variable."""
+    return np.append(np.full(SLOTS + 1, float(data[2].parameters)), 1.0)
+
+
+def _slot_log_priors(z: Float[np.ndarray, "point slot"], data: Any) -> Float[np.ndarray, " point"]:
+    return norm.logpdf(z, scale=_slot_scale(data)).sum(axis=1)
+
+
+def _slot_log_likelihoods(z: Float[np.ndarray, "point slot"], data: Any) -> Float[np.ndarray, " point"]:
+    inputs, observed, widths = data
+    return _of_table(inputs.surrogate, z, widths, observed)[:, np.asarray(observed.weight) > 0].sum(axis=1)
+
+
+def _of_table(
+    table: Surrogate, z: Float[np.ndarray, "point slot"], widths: PriorWidths, observed: Observations
+) -> Float[np.ndarray, "point condition"]:
+    """Log-likelihoods by tabulated rates."""
+    rates = _in_blocks(lambda *x: _table_rates(table, dict(zip(SLOT_NAMES, x, strict=True))), *z.T[:SLOTS])
+    sigma = discrepancy_of(np.ascontiguousarray(z[:, SLOTS + 1]), widths.discrepancy)
+    return _log_likelihoods(rates + z[:, SLOTS, None], sigma, observed)
 
 
 def named_values_at(
@@ -289,12 +324,10 @@ def log_likelihood_at(
     values: dict[str, np.ndarray] | None = None,
 ) -> Float[np.ndarray, "point condition"]:
     """Log-likelihoods of the conditions at points of the target, as the target itself has them; ``values`` are named values there, if known."""
-    table, model = problem.target.inputs.surrogate, problem.target.to_model(z)
-    if table is None:
-        values = values or named_values_at(problem, problem.near_inputs, model, widths)
-        return _log_likelihoods(values["log_rate"], values["discrepancy"], problem.observed)
-    rates = _in_blocks(lambda *x: _table_rates(table, dict(zip(SLOT_NAMES, x, strict=True))), *z.T[:SLOTS])
-    return _from_rates(problem, model, widths, rates[:, : problem.observed.escapes.shape[0]])
+    if (table := problem.target.inputs.surrogate) is not None:
+        return _of_table(table, z, widths, problem.observed)
+    values = values or named_values_at(problem, problem.near_inputs, problem.target.to_model(z), widths)
+    return _log_likelihoods(values["log_rate"], values["discrepancy"], problem.observed)
 
 
 @partial(jax.jit, static_argnames=("law", "shapes"), compiler_options=OPTIONS)
@@ -307,7 +340,11 @@ def _sites_block(
 def _log_likelihoods(
     log_rate: ArrayLike, discrepancy: ArrayLike, observed: Observations
 ) -> Float[np.ndarray, "point condition"]:
-    return _in_blocks(lambda rate, sigma: _likelihood_block(rate, sigma, observed), log_rate, discrepancy)
+    """By one program for about as many conditions, whatever the law."""
+    rates, count = np.asarray(log_rate), np.shape(observed.escapes)[0]
+    seen = _grown(observed, room_for(count))
+    rates = np.pad(rates[:, :count], ((0, 0), (0, seen.escapes.shape[0] - count)))
+    return _in_blocks(lambda rate, sigma: _likelihood_block(rate, sigma, seen), rates, discrepancy)[:, :count]
 
 
 def _in_blocks(function: Callable[..., Any], *arrays: Any) -> Any:
@@ -321,8 +358,9 @@ def _in_blocks(function: Callable[..., Any], *arrays: Any) -> Any:
 
 def prepare_likelihood(observed: Observations) -> None:
     """Start compiling what :func:`log_likelihood_at` needs for every law."""
-    rates, sigma = (jax.ShapeDtypeStruct(shape, np.float64) for shape in ((BLOCK, len(observed.escapes)), (BLOCK,)))
-    _likelihood_block.prepare(rates, sigma, observed)
+    seen = _grown(observed, room_for(len(observed.escapes)))
+    rates, sigma = (jax.ShapeDtypeStruct(shape, np.float64) for shape in ((BLOCK, len(seen.escapes)), (BLOCK,)))
+    _likelihood_block.prepare(rates, sigma, seen)
 
 
 @Ahead
@@ -405,16 +443,9 @@ def _spread_out(points: np.ndarray) -> np.ndarray:
 
 def _total(problem: Problem, model: np.ndarray, widths: PriorWidths) -> Float[np.ndarray, " point"]:
     """Log-likelihood of all conditions at points of the law's unconstrained space, by the law's own rates."""
-    return _from_rates(problem, model, widths, _law_rates(problem, model)).sum(axis=1)
-
-
-def _from_rates(
-    problem: Problem, model: np.ndarray, widths: PriorWidths, rates: Float[np.ndarray, "point condition"]
-) -> Float[np.ndarray, "point condition"]:
     count = len(problem.target.used) - 2
-    log_prefactor, base = model[:, count], model[:, count + 1]
-    sigma = discrepancy_of(np.asarray(base), widths.discrepancy)
-    return _log_likelihoods(rates + log_prefactor[:, None], sigma, problem.observed)
+    sigma = discrepancy_of(model[:, count + 1], widths.discrepancy)
+    return _log_likelihoods(_law_rates(problem, model) + model[:, [count]], sigma, problem.observed).sum(axis=1)
 
 
 @partial(jax.jit, compiler_options=OPTIONS)

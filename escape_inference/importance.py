@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import solve_triangular
-from scipy.special import gammaln, logsumexp
+from scipy.special import logsumexp
 
 from escape_inference.bend import bent, fit_bend, unbent
 from escape_inference.cross_validation import smoothed
-from escape_inference.student import FREEDOM, LogDensity, at_points
+from escape_inference.student import FREEDOM, LogDensity, Student, at_points, fit_student
 
 ROUND = 1000  #: draws in each round but the last
 ROUNDS = 20
@@ -89,12 +88,13 @@ def importance_sample(
     bend = fit_bend(points)
     points, log_volume = unbent(bend, points), float(np.linalg.slogdet(bend.axes)[1])
     for number in range(ROUNDS + 1):
-        location, factor, power = _fit(points, weights)
+        student, power = _fit(points, weights)
         settled += power == 1.0
         last = settled > SETTLED or number == ROUNDS
-        points, log_proposal = _draw(rng, location, factor, draws if last else ROUND)
+        count, dim = draws if last else ROUND, points.shape[1]
+        points = student.transform(rng.standard_normal((count, dim + FREEDOM)))
         value = at_points(log_density, complete(bent(bend, points)), data) + log_volume
-        weights = np.where(np.isnan(value), -np.inf, value) - log_proposal
+        weights = np.where(np.isnan(value), -np.inf, value) - student.log_density(points)
         if last or not np.isfinite(weights).any():
             break
     if not np.isfinite(weights).any():
@@ -102,31 +102,13 @@ def importance_sample(
     return Weighted(bent(bend, points), weights, smoothed(weights)[1])
 
 
-def _fit(points: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Location and Cholesky factor of a Student distribution fitted to tempered weights, and the power of the tempering."""
+def _fit(points: np.ndarray, log_weight: np.ndarray) -> tuple[Student, float]:
+    """A Student distribution fitted to tempered weights, wider than they are, and the power of the tempering."""
     low, high = 0.0, 1.0
     if effective_share(log_weight) < SHARE:
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if effective_share(log_weight, middle) > SHARE else (low, middle)
         high = low
-    weight = np.exp(high * log_weight - logsumexp(high * log_weight))
-    location = weight @ points
-    centred = points - location
-    covariance = (centred * weight[:, None]).T @ centred
-    covariance = covariance + np.diag(1e-9 * np.diagonal(covariance) + 1e-300)
-    return location, INFLATION * np.sqrt((FREEDOM - 2) / FREEDOM) * np.linalg.cholesky(covariance), high
-
-
-def _draw(
-    rng: np.random.Generator, location: np.ndarray, factor: np.ndarray, draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of the Student distribution and their log densities."""
-    dim = len(location)
-    points = location + (
-        rng.standard_normal((draws, dim)) / np.sqrt(rng.chisquare(FREEDOM, (draws, 1)) / FREEDOM)
-    ) @ np.transpose(factor)
-    square = np.sum(solve_triangular(factor, (points - location).T, lower=True) ** 2, axis=0)
-    constant = gammaln((FREEDOM + dim) / 2) - gammaln(FREEDOM / 2) - 0.5 * dim * np.log(FREEDOM * np.pi)
-    log_determinant = np.sum(np.log(np.diagonal(factor)))
-    return points, constant - log_determinant - 0.5 * (FREEDOM + dim) * np.log1p(square / FREEDOM)
+    student = fit_student(points, np.exp(high * log_weight - logsumexp(high * log_weight)))
+    return student._replace(factor=INFLATION * student.factor), high

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from escape_inference import __version__
 from escape_inference.bend import fit_bend, straight, unbent
-from escape_inference.bridge import prepare_bridge
 from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence, with_too_few_chains
 from escape_inference.errors import InputError
@@ -189,9 +188,9 @@ def _announce(
     )
     _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
     prepare_likelihood(observed)
-    if compared:
-        prepare_density(log_joint, dim, data)
-        prepare_bridge(chains, draws)
+    if compared and target.inputs.surrogate is None:  # else what a table needs is there
+        for density in densities(target.law, target.shapes)[1:3]:
+            prepare_density(density, dim, data)
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:

@@ -1,182 +1,234 @@
-"""Tempered sequential Monte Carlo: the computation behind :func:`escape_inference.evidence.smc_log_evidence`."""
+"""Tempered sequential Monte Carlo: the computation behind :func:`escape_inference.evidence.smc_log_evidence`.
+
+One step (resampling, moves, weights) is a compiled program; temperatures, proposals and random numbers are NumPy's, so that
+little is left to compile.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import blackjax.smc.resampling as resampling
 import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.smc import tempered
-from blackjax.smc.solver import dichotomy
 from blackjax.smc.waste_free import waste_free_smc
 from jax import export
-from jax.scipy.special import log_ndtr, logsumexp
+from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
+from scipy.optimize import brentq
+from scipy.special import logsumexp
 
 from escape_inference.programs import Ahead
-from escape_inference.student import FREEDOM, LogDensity, Student, call, fit_normal, normals
+from escape_inference.student import FREEDOM, LogDensity, Student, at_points, call, draws_of, fit_normal
 
 FEWEST = 4  # runs from whose spread an error is estimated
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
 
-class _Particle(NamedTuple):
+class Particle(NamedTuple):
     """A point together with the two densities there, so that no density is evaluated twice."""
 
-    z: Array
-    log_prior: Array
-    log_likelihood: Array
+    z: Any
+    log_prior: Any
+    log_likelihood: Any
+
+
+export.register_namedtuple_serialization(Particle, serialized_name="escape_inference.Particle")
 
 
 class _ChainState(NamedTuple):
-    position: _Particle
+    position: Particle
     log_density: Array
+    moves: Array
 
 
-class _Plan(NamedTuple):
-    """Temperatures [step] and the moments of the proposals, means [step, dim] and Cholesky factors [step, dim, dim]."""
+class Step(NamedTuple):
+    """A temperature, and the moments of the proposal with which it is reached."""
 
-    temperature: Array
-    mean: Array
-    factor: Array
+    temperature: float
+    mean: Float[np.ndarray, " dim"]
+    factor: Float[np.ndarray, "dim dim"]
 
 
 class Outcome(NamedTuple):
-    """Log evidence and its error from all runs, and of each run the last particles and their weights (0 of runs that were not needed)."""
+    """Log evidence and its error from all runs, and of each run the last particles and their weights."""
 
-    log_evidence: Float[Array, ""]
-    standard_error: Float[Array, ""]
-    particles: Float[Array, "replicate particle dim"]
-    weights: Float[Array, "replicate particle"]
-
-
-export.register_namedtuple_serialization(Outcome, serialized_name="escape_inference.Outcome")
+    log_evidence: float
+    standard_error: float
+    particles: Float[np.ndarray, "replicate particle dim"]
+    weights: Float[np.ndarray, "replicate particle"]
 
 
-@partial(
-    Ahead,
-    static=("log_prior", "log_likelihood", "sample_prior", "particles", "moves", "replicates", "steps"),
-)
-def tempered_log_evidences(
+class Sampler(NamedTuple):
+    """What is sampled, and by how many ``particles`` in chains of how many ``moves``."""
+
+    log_prior: LogDensity
+    log_likelihood: LogDensity
+    sample_prior: Callable[..., Array]
+    particles: int
+    moves: int
+
+    def prepare(self, data: Any, dim: int) -> None:
+        """Start compiling the step for points of ``dim`` coordinates."""
+        array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
+        size, chains = self.particles, self.particles // self.moves
+        particles = Particle(array(size, dim), array(size), array(size))
+        noise = array(chains, self.moves - 1, dim + FREEDOM + 2)
+        parents = jax.ShapeDtypeStruct((chains,), np.int64)
+        state = particles, array(size), array()
+        move.prepare(data, *state, array(), parents, noise, array(dim), array(dim, dim), **self._static)
+
+    def start(self, data: Any, seed: int, number: int) -> Particle:
+        """Draws from the prior."""
+        z = draws_of(self.sample_prior, self.particles, [seed, number], data)
+        likelihood = at_points(self.log_likelihood, z, data)
+        return Particle(z, at_points(self.log_prior, z, data), np.where(likelihood > LOWEST, likelihood, LOWEST))
+
+    def move(self, data: Any, state: "_Weighted", step: Step, rng: np.random.Generator) -> tuple["_Weighted", float]:
+        """The particles at the temperature of the step, and the increment of the log evidence."""
+        chains, dim = self.particles // self.moves, state.particles.z.shape[1]
+        share = np.cumsum(state.weights)
+        parents = np.searchsorted(share, (np.arange(chains) + rng.random()) / chains * share[-1])  # systematic
+        noise = rng.standard_normal((chains, self.moves - 1, dim + FREEDOM + 2))
+        found = move(
+            data,
+            *(state.particles, state.weights, np.asarray(state.temperature)),
+            *(np.asarray(step.temperature), np.minimum(parents, self.particles - 1), noise, step.mean, step.factor),
+            **self._static,
+        )
+        particles, weights, increment = jax.tree.map(np.asarray, found)
+        return _Weighted(particles, weights, step.temperature), float(increment)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {"log_prior": self.log_prior, "log_likelihood": self.log_likelihood}
+
+
+class _Weighted(NamedTuple):
+    particles: Particle
+    weights: Float[np.ndarray, " particle"]
+    temperature: float
+
+
+@partial(Ahead, static=("log_prior", "log_likelihood"))
+def move(
     data: Any,
-    key: Array,
-    target: Array,
-    wanted: Array,
+    particles: Particle,
+    weights: Float[Array, " particle"],
+    before: Float[Array, ""],
+    after: Float[Array, ""],
+    parents: Array,
+    noise: Float[Array, "chain move normal"],
+    mean: Float[Array, " dim"],
+    factor: Float[Array, "dim dim"],
     *,
     log_prior: LogDensity,
     log_likelihood: LogDensity,
-    sample_prior: Callable[..., Array],
-    particles: int,
-    moves: int,
-    replicates: int,
-    steps: int,
-) -> Outcome:
-    """Tempered runs from the prior to the posterior, ``FEWEST`` or as many up to ``replicates`` as give the ``wanted`` error; the pilot's own outcome is left out."""
+) -> tuple[Particle, Array, Array]:
+    """Chains from the ``parents`` among the particles at one temperature, weighted for the next; the increment of log Z."""
 
-    def particle(z: Array) -> _Particle:
+    def particle(z: Array) -> Particle:
         likelihood = call(log_likelihood, z, data)
-        return _Particle(z, call(log_prior, z, data), jnp.where(likelihood > LOWEST, likelihood, LOWEST))
+        return Particle(z, call(log_prior, z, data), jnp.where(likelihood > LOWEST, likelihood, LOWEST))
 
-    def move(
-        key: Array, state: _ChainState, density: LogDensity, mean: Array, factor: Array
-    ) -> tuple[_ChainState, Array]:
+    def metropolis(key: Array, state: _ChainState, density: LogDensity, noise: Array) -> tuple[_ChainState, Array]:
         """Metropolis-Hastings: with equal odds a local step (2.38**2 / d covariance) or a jump to the Student."""
-        z = state.position.z
-        random = normals(key, z.size + FREEDOM + 2)
+        z, random = state.position.z, noise[state.moves]
         jump, log_uniform = random[-2] > 0, log_ndtr(random[-1])
         local = z + 2.38 / np.sqrt(z.size) * factor @ random[: z.size]
         student = Student(mean, factor * np.sqrt((FREEDOM - 2) / FREEDOM))
         proposed = particle(jnp.where(jump, student.transform(random[:-2]), local))
         log_density = density(proposed)
         correction = jnp.where(jump, student.log_density(z) - student.log_density(proposed.z), 0.0)
-        log_ratio = log_density - state.log_density + correction
-        accept = log_uniform < log_ratio
-        candidate = _ChainState(proposed, log_density)
-        return jax.tree.map(partial(jnp.where, accept), candidate, state), accept
+        accept = log_uniform < log_density - state.log_density + correction
+        position, kept = jax.tree.map(
+            partial(jnp.where, accept), (proposed, log_density), (state.position, state.log_density)
+        )
+        return _ChainState(position, kept, state.moves + 1), accept
 
     kernel = tempered.build_kernel(
         lambda point: point.log_prior,
         lambda point: point.log_likelihood,
-        move,
-        lambda position, density: _ChainState(position, density(position)),
-        resampling.systematic,
-        waste_free_smc(particles, moves),
+        metropolis,
+        lambda position, density: _ChainState(position, density(position), jnp.asarray(0)),
+        lambda key, weights, count: parents,
+        waste_free_smc(len(weights), noise.shape[1] + 1),
     )
-    chains = particles // moves
-
-    def next_temperature(state: tempered.TemperedSMCState) -> Array:
-        """The tempering parameter at which the effective share of the weighted particles falls to the target."""
-        log_weights, log_likelihoods = jnp.log(state.weights), state.particles.log_likelihood
-
-        def excess(delta: Array) -> Array:
-            tilted = log_weights + delta * log_likelihoods
-            return 2 * logsumexp(tilted) - logsumexp(tilted + delta * log_likelihoods) - jnp.log(target)
-
-        return state.tempering_param + dichotomy(excess, zero, 1 - state.tempering_param)
-
-    def run(plan: _Plan, number: Array) -> tuple[_Plan, Array, Array, Array, Array]:
-        """One run. Run 0 is the pilot: it makes the plan of temperatures and proposals that the others follow."""
-        key_prior, key_steps = jax.random.split(jax.random.fold_in(key, number))
-        prior_draws = jax.vmap(lambda k: call(sample_prior, k, data))(jax.random.split(key_prior, particles))
-        state = tempered.init(jax.vmap(particle)(prior_draws))._replace(tempering_param=zero)
-
-        def unfinished(carry: tuple[Any, ...]) -> Array:
-            return (carry[0].tempering_param < 1) & (carry[4] < steps)
-
-        def temper(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            state, log_z, variance, plan, count = carry
-            own = (next_temperature(state), *fit_normal(state.particles.z, state.weights))
-            temperature, mean, factor = (jnp.where(number == 0, x, y[count]) for x, y in zip(own, plan, strict=True))
-            plan = _Plan(*(x.at[count].set(y) for x, y in zip(plan, (temperature, mean, factor), strict=True)))
-            proposal = {"mean": mean[None], "factor": factor[None]}
-            state, info = kernel(jax.random.fold_in(key_steps, count), state, None, temperature, proposal)
-            state = state._replace(tempering_param=temperature)
-            starts, rest = jnp.split(state.weights, [chains])  # the starts of all chains, then chain after chain
-            shares = starts + rest.reshape(chains, -1).sum(axis=1)
-            variance += jnp.sum((shares - 1 / chains) ** 2) * chains / (chains - 1)
-            return state, log_z + info.log_likelihood_increment, variance, plan, count + 1
-
-        start = (state, zero, zero, plan, jnp.asarray(0))
-        state, log_z, variance, plan, _ = jax.lax.while_loop(unfinished, temper, start)
-        log_z = jnp.where(state.tempering_param < 1, jnp.nan, log_z)
-        return plan, log_z, variance, state.particles.z, state.weights
-
-    def repeat(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, plan, *rest = carry
-        plan, *found = run(plan, number)
-        place = jnp.maximum(number - 1, 0)  # the pilot's is written over
-        return number + 1, plan, *(x.at[place].set(y) for x, y in zip(rest, found, strict=True))
-
-    def unsure(carry: tuple[Any, ...]) -> Array:
-        number, _, log_z, variance, *_ = carry
-        error = combined(log_z, variance, number - 1)[1]
-        return (number <= replicates) & ((number <= min(FEWEST, replicates)) | ~(error < wanted))
-
-    zero = jnp.zeros((), target.dtype)
-    dim = jax.eval_shape(lambda: call(sample_prior, key, data)).shape[-1]
-    room = lambda size, *shapes: tuple(jnp.zeros((size, *shape), target.dtype) for shape in shapes)
-    plan = _Plan(*room(steps, (), (dim,), (dim, dim)))
-    start: tuple[Any, ...] = jnp.asarray(0), plan, *room(replicates, (), (), (particles, dim), (particles,))
-    number, _, log_z, variance, points, weights = jax.lax.while_loop(unsure, repeat, start)
-    return Outcome(*combined(log_z, variance, number - 1), points, weights)
+    state = tempered.TemperedSMCState(particles, weights, before)
+    state, info = kernel(jax.random.key(0), state, None, after, {"noise": noise})
+    return state.particles, state.weights, info.log_likelihood_increment
 
 
-def combined(
-    log_z: Float[Array, " replicate"], variance: Float[Array, " replicate"], count: Array
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Logarithm of the mean of the first ``count`` evidences, and its standard error: from their spread or from the relative ``variance`` of each, whichever is larger.
+def tempered_log_evidences(
+    sampler: Sampler, data: Any, seed: int, *, target: float, wanted: float, replicates: int, steps: int
+) -> Outcome:
+    """Tempered runs from the prior to the posterior, ``FEWEST`` or as many up to ``replicates`` as give the ``wanted`` error.
 
-    >>> several = jnp.log(jnp.array([1.0, 3.0, 2.0, 100.0]))
-    >>> mean, error = combined(several, jnp.zeros(4), jnp.asarray(3))
-    >>> round(float(jnp.exp(mean)), 3), round(float(error), 3)  # a mean of 2 with a standard deviation of 1
+    A pilot makes the plan of temperatures and proposals that they follow; its own outcome is left out.
+    """
+    plan: list[Step] = []
+    _run(sampler, data, seed, 0, lambda state, done: _next_step(plan, state, target) if done < steps else None)
+    follow = lambda state, done: plan[done] if done < len(plan) else None
+    found: list[tuple[float, float, _Weighted]] = []
+    while len(found) < replicates:
+        found.append(_run(sampler, data, seed, len(found) + 1, follow))
+        log_evidence, error = combined(*(np.array(x) for x in list(zip(*found, strict=True))[:2]))
+        if len(found) >= FEWEST and error < wanted:
+            break
+    last = [state for *_, state in found]
+    return Outcome(
+        log_evidence, error, np.array([one.particles.z for one in last]), np.array([one.weights for one in last])
+    )
+
+
+def _run(
+    sampler: Sampler, data: Any, seed: int, number: int, next_step: Callable[["_Weighted", int], Step | None]
+) -> tuple[float, float, _Weighted]:
+    """Log evidence of one run (NaN if it ends before the posterior), its relative variance, and the last particles."""
+    rng = np.random.default_rng([seed, number])
+    size, chains = sampler.particles, sampler.particles // sampler.moves
+    state = _Weighted(sampler.start(data, seed, number), np.full(size, 1 / size), 0.0)
+    log_z, variance, done = 0.0, 0.0, 0
+    while state.temperature < 1 and (step := next_step(state, done)) is not None:
+        state, increment = sampler.move(data, state, step, rng)
+        starts, rest = np.split(state.weights, [chains])  # the starts of all chains, then chain after chain
+        shares = starts + rest.reshape(chains, -1).sum(axis=1)
+        variance += np.sum((shares - 1 / chains) ** 2) * chains / (chains - 1)
+        log_z, done = log_z + increment, done + 1
+    return log_z if state.temperature == 1 else float("nan"), float(variance), state
+
+
+def _next_step(plan: list[Step], state: _Weighted, target: float) -> Step:
+    """The step at whose temperature the effective share of the weighted particles falls to the target; it joins the plan."""
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(state.weights)
+    log_likelihoods = state.particles.log_likelihood
+
+    def excess(delta: float) -> float:
+        tilted = log_weights + delta * log_likelihoods
+        return float(2 * logsumexp(tilted) - logsumexp(tilted + delta * log_likelihoods) - np.log(target))
+
+    rest = 1 - state.temperature
+    if excess(rest) <= 0:
+        rest = float(brentq(excess, 0.0, rest, xtol=1e-300, rtol=1e-6, maxiter=2000))
+    plan.append(
+        Step(
+            1.0 if rest == 1 - state.temperature else state.temperature + rest,
+            *fit_normal(state.particles.z, state.weights),
+        )
+    )
+    return plan[-1]
+
+
+def combined(log_z: Float[np.ndarray, " replicate"], variance: Float[np.ndarray, " replicate"]) -> tuple[float, float]:
+    """Logarithm of the mean evidence, and its standard error: from the spread or from the relative ``variance`` of each, whichever is larger.
+
+    >>> mean, error = combined(np.log([1.0, 3.0, 2.0]), np.zeros(3))
+    >>> round(float(np.exp(mean)), 3), round(error, 3)  # a mean of 2 with a standard deviation of 1
     (2.0, 0.289)
     """
-    done = jnp.arange(len(log_z)) < count
-    top = jnp.max(jnp.where(done, log_z, -jnp.inf))
-    share = jnp.where(done, jnp.exp(log_z - top), 0.0)
-    mean = jnp.sum(share) / count
-    spread = jnp.sum(jnp.where(done, (share / mean - 1) ** 2, 0.0)) / jnp.maximum(count - 1, 1)
-    theory = jnp.sum(jnp.where(done, variance, 0.0)) / count
-    return top + jnp.log(mean), jnp.sqrt(jnp.maximum(spread, theory) / count)
+    share = np.exp(log_z - log_z.max())
+    mean = share.mean()
+    spread = np.var(share / mean, ddof=1) if len(share) > 1 else 0.0
+    return float(log_z.max() + np.log(mean)), float(np.sqrt(np.maximum(spread, variance.mean()) / len(share)))

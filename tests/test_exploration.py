@@ -2,14 +2,22 @@
 
 import jax
 import numpy as np
+from scipy.stats import ks_2samp
 
 import escape_inference as ei
 from escape_inference.exploration import densities, log_likelihood_at, room_for
 from escape_inference.inference import build_problem, prepare
 from escape_inference.law import load_law
-from escape_inference.model import DEFAULT_WIDTHS, build_inputs, build_observations, sample_prior, site_shapes
+from escape_inference.model import (
+    DEFAULT_WIDTHS,
+    PriorWidths,
+    build_inputs,
+    build_observations,
+    sample_prior,
+    site_shapes,
+)
 from escape_inference.precision import float64
-from escape_inference.student import at_points
+from escape_inference.student import at_points, draws_of
 
 
 def table_of(conditions: int):
@@ -32,15 +40,31 @@ def test_empty_conditions_change_nothing_and_tables_of_several_sizes_share_a_pro
         assert target.inputs.learning_rate.shape == (room_for(conditions),) == (40,)
         data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
         points = problem.particles[:50]
-        found = at_points(densities(target.law, target.shapes)[2], points, data)
+        log_likelihoods = jax.jit(jax.vmap(densities(target.law, target.shapes)[2], in_axes=(0, None)))
+        found = log_likelihoods(points, data)
         own = log_likelihood_at(problem, points)
         np.testing.assert_allclose(found, own.sum(axis=1), rtol=1e-9, atol=1e-9)
         everything[3] = 0.0  # left out: the others and nothing else remain
         data = (target.inputs, problem.weighted(everything), DEFAULT_WIDTHS.as_arrays())
-        found = at_points(densities(target.law, target.shapes)[2], points, data)
+        found = log_likelihoods(points, data)
         np.testing.assert_allclose(found, np.delete(own, 3, axis=1).sum(axis=1), rtol=1e-9, atol=1e-9)
         seen.append((jax.tree.structure(data), [np.shape(x) for x in jax.tree.leaves(data)]))
     assert seen[0] == seen[1]
+
+
+@float64
+def test_densities_at_many_points_are_those_that_the_samplers_see():
+    """Under another prior and without a condition, too; and draws from the prior have its density."""
+    problem, left_out = build_problem(load_law("power_law"), prepare(table_of(9)), draws=100, warmup=100), np.ones(9)
+    left_out[3] = 0.0
+    data = (problem.target.inputs, problem.weighted(left_out), PriorWidths(2.0, 0.5).as_arrays())
+    functions = densities(problem.target.law, problem.target.shapes)
+    points = np.concatenate([problem.particles[:50], draws_of(functions[3], 50, [4, 2], data)])
+    for function in functions[:3]:
+        one_by_one = jax.jit(jax.vmap(function, in_axes=(0, None)))(points, data)
+        np.testing.assert_allclose(at_points(function, points, data), one_by_one, rtol=1e-9, atol=1e-9)
+    drawn, other = (draws_of(draw, 4000, [4, 2], data) for draw in (functions[3], lambda key, d: functions[3](key, d)))
+    assert (ks_2samp(drawn, other).pvalue > 1e-3).all()
 
 
 @float64
