@@ -7,7 +7,6 @@ that it cannot be trusted, the condition is really left out and the law is sampl
 from dataclasses import dataclass
 
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Float
 from scipy.special import logsumexp
 
@@ -49,6 +48,8 @@ def smoothed(log_ratio: Float[np.ndarray, " draw"]) -> tuple[Float[np.ndarray, "
     >>> smoothed(np.repeat([0.0, 1.0], 500))[1]
     inf
     """
+    from arviz_stats.base import array_stats  # here, as it takes long to read and not every process needs it
+
     try:
         weights, k = array_stats.psislw(-log_ratio)  # it takes log-likelihoods and turns their sign itself
     except ValueError:  # draws of chains that stood still

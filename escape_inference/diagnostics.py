@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from arviz_stats.base import array_stats
 from jaxtyping import Float
 
 RHAT_LIMIT = 1.01
@@ -34,6 +33,8 @@ def check_convergence(
     >>> check_convergence(draws + np.arange(4)[:, None, None], np.zeros((4, 500), bool), draws[..., 0]).trustworthy
     False
     """
+    from arviz_stats.base import array_stats  # here, as it takes long to read and not every process needs it
+
     columns = np.moveaxis(np.asarray(z, float), -1, 0)
     rhat = float(np.max([array_stats.rhat(c, chain_axis=0, draw_axis=1) for c in columns]))
     ess = float(

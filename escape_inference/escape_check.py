@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2
+from scipy.special import chdtrc, chdtri
 
 from escape_inference.conditions import Conditions
 from escape_inference.gamma_intervals import LOG_SHAPE_RANGE, IntervalCounts, interval_counts, maximum, profile
@@ -147,7 +147,7 @@ def shape_interval(counts: IntervalCounts, level: float = LEVEL) -> tuple[float,
     """
     log_rate, log_shape, hessian = maximum(counts)
     sd = float(np.clip(1.0 / np.sqrt(max(hessian[1, 1], 1e-4)), 1e-3, 2.0))
-    threshold = float(np.sqrt(chi2.ppf(level, 1)))
+    threshold = float(np.sqrt(chdtri(1, 1 - level)))
     reach = sd * np.array([0.0, 0.7, 1.4, 2.0, 2.5, 3.0, 3.6, 4.5])
     low = _end(counts, log_rate, log_shape, -reach, threshold)
     high = _end(counts, log_rate, log_shape, reach, threshold)
@@ -186,4 +186,4 @@ def _combine(p_values: np.ndarray) -> float | None:
     """Fisher's combination of independent p-values."""
     if not p_values.size:
         return None
-    return float(chi2.sf(-2.0 * np.log(p_values).sum(), 2 * p_values.size))
+    return float(chdtrc(2 * p_values.size, -2.0 * np.log(p_values).sum()))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from scipy.special import logsumexp
-from scipy.stats import norm
 
 from escape_inference.evidence import Evidence, smc
 from escape_inference.law import BUILT_IN_ORDER, Law, Parameter, built_in_laws
@@ -31,7 +30,7 @@ from escape_inference.model import (
 from escape_inference.passage_table import RICHARDSON, tables_for
 from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.sampler import Shapes
-from escape_inference.student import at_points
+from escape_inference.student import at_points, normal_log_density
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome, Sampler
 
@@ -288,7 +287,7 @@ def _slot_scale(data: Any) -> np.ndarray:
 
 
 def _slot_log_priors(z: Float[np.ndarray, "point slot"], data: Any) -> Float[np.ndarray, " point"]:
-    return norm.logpdf(z, scale=_slot_scale(data)).sum(axis=1)
+    return normal_log_density(z, 0.0, _slot_scale(data)).sum(axis=1)
 
 
 def _slot_log_likelihoods(z: Float[np.ndarray, "point slot"], data: Any) -> Float[np.ndarray, " point"]:

@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import xarray as xr
-from arviz_stats import psense
 
 MOVED_CONTRACTION = 0.36  #: sd of the posterior below 0.8 of the prior's
 MOVED_SHIFT = 1.0  #: or the mean moved by so many standard deviations of the prior
@@ -100,6 +99,8 @@ def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def _sensitivity(fit: xr.DataTree, names: list[str], group: str) -> dict[str, float]:
+    from arviz_stats import psense  # here, as it takes long to read and not every process needs it
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

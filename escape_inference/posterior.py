@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import arviz_base
 import numpy as np
 import xarray as xr
 
@@ -65,6 +64,8 @@ def to_tree(
     waiting_shape: np.ndarray,
 ) -> xr.DataTree:
     """Assemble the data tree of a fit (arrays ``[chain, draw, ...]``)."""
+    import arviz_base  # here, as it takes long to read and not every process needs it
+
     frame, law = prepared.conditions.frame, fit.problem.law
     conditions, minima = list(frame["condition"]), list(prepared.conditions.minima)
     keep = lambda sites: {k: v for k, v in sites.items() if not k.endswith("_base")}

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import norm
 
 from escape_inference.cross_validation import pareto_limit
 from escape_inference.evidence import Evidence
@@ -18,7 +17,7 @@ from escape_inference.exploration import Problem, densities, focus
 from escape_inference.importance import Weighted, importance_sample
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
-from escape_inference.student import LogDensity, at_points
+from escape_inference.student import LogDensity, at_points, normal_log_density
 
 
 @float64
@@ -59,7 +58,7 @@ def point_bayes_factor(
         start = found.z
     if not found.pareto_k < pareto_limit(len(found.z)):
         return Evidence(float("nan"), float("nan"), "savage_dickey")
-    log_prior = norm.logpdf(value, float(median), chosen.width) + np.log(target.scale[row])
+    log_prior = normal_log_density(value, float(median), chosen.width) + np.log(target.scale[row])
     error = float(np.hypot(found.standard_error, evidence.standard_error))
     return Evidence(float(found.log_evidence - evidence.log_evidence - log_prior), error, "savage_dickey")
 
@@ -82,6 +81,7 @@ def integrate(
 
     >>> draws = np.random.default_rng(0).normal(size=(4000, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])
     >>> import jax.numpy as jnp
+    >>> from scipy.stats import norm
     >>> precision = jnp.array(np.linalg.inv([[1.0, 0.8], [0.8, 1.0]]))
     >>> found = integrate(lambda x: -x @ precision @ x / 2, moved(draws, 0, 2.5), 0, 2.5)
     >>> density = found.log_evidence - np.log(2 * np.pi * 0.6)

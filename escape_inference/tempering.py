@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.smc import tempered
-from blackjax.smc.waste_free import waste_free_smc
 from jax import export
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
@@ -127,6 +125,8 @@ def move(
     log_likelihood: LogDensity,
 ) -> tuple[Particle, Array, Array]:
     """Chains from the ``parents`` among the particles at one temperature, weighted for the next; the increment of log Z."""
+    from blackjax.smc import tempered  # here, as it takes long to read and not every process needs it
+    from blackjax.smc.waste_free import waste_free_smc
 
     def particle(z: Array) -> Particle:
         likelihood = call(log_likelihood, z, data)

@@ -29,6 +29,7 @@ LIBRARIES = (
     "h5netcdf",
     "pandas",
     "scipy.stats",
+    "escape_inference.comparison",
 )  #: that start no threads of JAX
 
 
