@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import logsumexp
 
 from escape_inference.student import FREEDOM, LogDensity, at_points, fit_student
 
@@ -34,8 +33,7 @@ def bridge(posterior: Float[np.ndarray, "chain draw"], proposal: Float[np.ndarra
 
     Gronau et al. (2017), eqs. 14-15 (fixed point, here in logarithms) and the appendix (relative mean-square error).
     """
-    n_posterior, n_proposal = posterior.size, proposal.size
-    size = effective_size(posterior)
+    n_proposal, size = proposal.size, effective_size(posterior)
     log_s1, log_s2 = np.log(size / (size + n_proposal)), np.log(n_proposal / (size + n_proposal))
 
     def bridge_terms(log_z: float) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +44,7 @@ def bridge(posterior: Float[np.ndarray, "chain draw"], proposal: Float[np.ndarra
     log_z, step = float(np.median(posterior)), np.inf
     for _ in range(1000):
         at_proposal, at_posterior = bridge_terms(log_z)
-        step = logsumexp(at_proposal) - np.log(n_proposal) - logsumexp(at_posterior) + np.log(n_posterior)
+        step = _log_mean(at_proposal) - _log_mean(at_posterior)
         log_z += step
         if not abs(step) > 1e-10:
             break
@@ -54,6 +52,11 @@ def bridge(posterior: Float[np.ndarray, "chain draw"], proposal: Float[np.ndarra
     variance = np.var(at_proposal) / np.mean(at_proposal) ** 2 / n_proposal
     variance += np.var(at_posterior) / np.mean(at_posterior) ** 2 / effective_size(at_posterior)
     return log_z if abs(step) <= 1e-6 else float("nan"), float(variance)
+
+
+def _log_mean(x: np.ndarray) -> float:
+    """Logarithm of the mean of ``exp(x)``."""
+    return float(x.max() + np.log(np.mean(np.exp(x - x.max()))))
 
 
 def bridge_halves(

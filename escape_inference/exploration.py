@@ -28,7 +28,7 @@ from escape_inference.model import (
     sample_prior,
 )
 from escape_inference.passage_table import RICHARDSON, tables_for
-from escape_inference.programs import OPTIONS, Ahead
+from escape_inference.programs import Ahead
 from escape_inference.sampler import Shapes
 from escape_inference.student import at_points, normal_log_density
 from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
@@ -274,10 +274,8 @@ def densities(law: Law, shapes: Shapes) -> tuple[Callable[..., Array], ...]:
         functions[1].at_points, functions[2].at_points = _slot_log_priors, _slot_log_likelihoods
         functions[3].draws = lambda count, rng, data: _slot_scale(data) * rng.standard_normal((count, SLOTS + 2))
     functions[0].at_points = lambda z, data: at_points(log_prior, z, data) + at_points(log_likelihood, z, data)
-    shipped = law.name in BUILT_IN_ORDER and built_in_laws().get(law.name) is law
-    if law is SLOT_LAW or shipped:  # a text says all about them, other laws may depend on any file
-        for function in functions:
-            function.stored_as = f"{function.__name__} of {law.name} {shapes}"
+    for function in functions:
+        _described(function, law, shapes)
     return functions
 
 
@@ -312,8 +310,8 @@ def named_values_at(
         barrier == "saddle" for barrier, *_ in inputs.groups
     ):  # the law is as fast as its tables, which vary in shape
         inputs = replace(inputs, surrogate=None)
-    fixed = inputs, problem.observed, widths.as_arrays(), problem.law, problem.shapes
-    return _in_blocks(lambda part: _sites_block(part, *fixed), np.asarray(z))
+    fixed, sites = (inputs, problem.observed, widths.as_arrays()), _sites_of(problem.law, problem.shapes)
+    return _in_blocks(lambda part: _sites_block(part, *fixed, sites=sites), np.asarray(z))
 
 
 def log_likelihood_at(
@@ -329,11 +327,21 @@ def log_likelihood_at(
     return _log_likelihoods(values["log_rate"], values["discrepancy"], problem.observed)
 
 
-@partial(jax.jit, static_argnames=("law", "shapes"), compiler_options=OPTIONS)
+@lru_cache(maxsize=64)
+def _sites_of(law: Law, shapes: Shapes) -> Callable[..., dict[str, Array]]:
+    """Named values at a point; its identity is stable."""
+
+    def sites(z: Array, *fixed: Any) -> dict[str, Array]:
+        return named_values(z, law, dict(shapes), *fixed)
+
+    return _described(sites, law, shapes)
+
+
+@partial(Ahead, static=("sites",))
 def _sites_block(
-    z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, law: Law, shapes: Shapes
+    z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, *, sites: Callable[..., dict[str, Array]]
 ) -> dict[str, Array]:
-    return jax.vmap(lambda point: named_values(point, law, dict(shapes), inputs, observed, widths))(z)
+    return jax.vmap(lambda point: sites(point, inputs, observed, widths))(z)
 
 
 def _log_likelihoods(
@@ -447,7 +455,7 @@ def _total(problem: Problem, model: np.ndarray, widths: PriorWidths) -> Float[np
     return _log_likelihoods(_law_rates(problem, model) + model[:, [count]], sigma, problem.observed).sum(axis=1)
 
 
-@partial(jax.jit, compiler_options=OPTIONS)
+@Ahead
 def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "point condition"]:
     return jax.vmap(table)(slots)
 
@@ -480,8 +488,10 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
         for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
     }
     if all(barrier == "saddle" or start in (inputs.passage or {}) for barrier, start, *_ in inputs.groups):
-        bare = replace(inputs, surrogate=None)
-        return _in_blocks(lambda *x: _rates_block(dict(zip(values, x, strict=True)), bare, law), *values.values())
+        bare, own = replace(inputs, surrogate=None), _log_rates_of(law)
+        return _in_blocks(
+            lambda *x: _rates_block(dict(zip(values, x, strict=True)), bare, log_rates=own), *values.values()
+        )
     parts = []  # integrals: those of all points and conditions in blocks of their own
     for part, setting, carried in known_settings(inputs):
         shape = (len(z), part.stop - part.start)
@@ -494,16 +504,32 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
     return np.concatenate(parts, axis=1)
 
 
-@partial(jax.jit, static_argnames="law", compiler_options=OPTIONS)
-def _rates_block(values: dict[str, Array], inputs: Inputs, law: Law) -> Float[Array, "point condition"]:
-    def one(values: dict[str, Array]) -> Array:
+@lru_cache(maxsize=64)
+def _log_rates_of(law: Law) -> Callable[..., Array]:
+    """Log rates of all conditions for named values; its identity is stable."""
+
+    def log_rates(values: dict[str, Array], inputs: Inputs) -> Array:
         parts = [
             jnp.broadcast_to(law.log_rate(values | carried, setting), (part.stop - part.start,))
             for part, setting, carried in known_settings(inputs)
         ]
         return jnp.concatenate(parts)
 
-    return jax.vmap(one)(values)
+    return _described(log_rates, law, ())
+
+
+@partial(Ahead, static=("log_rates",))
+def _rates_block(
+    values: dict[str, Array], inputs: Inputs, *, log_rates: Callable[..., Array]
+) -> Float[Array, "point condition"]:
+    return jax.vmap(lambda one: log_rates(one, inputs))(values)
+
+
+def _described(function: Any, law: Law, shapes: Shapes) -> Any:
+    """A function of a law with a text that says all about it, if the law ships; others may depend on any file."""
+    if law is SLOT_LAW or (law.name in BUILT_IN_ORDER and built_in_laws().get(law.name) is law):
+        function.stored_as = f"{function.__name__} of {law.name} {shapes}"
+    return function
 
 
 def _tabulated(law: Law, inputs: Inputs) -> list[Parameter]:

@@ -15,7 +15,6 @@ from jax import export
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 from scipy.optimize import brentq
-from scipy.special import logsumexp
 
 from escape_inference.programs import Ahead
 from escape_inference.student import FREEDOM, LogDensity, Student, at_points, call, draws_of, fit_normal
@@ -201,13 +200,11 @@ def _run(
 
 def _next_step(plan: list[Step], state: _Weighted, target: float) -> Step:
     """The step at whose temperature the effective share of the weighted particles falls to the target; it joins the plan."""
-    with np.errstate(divide="ignore"):
-        log_weights = np.log(state.weights)
-    log_likelihoods = state.particles.log_likelihood
+    log_likelihood = state.particles.log_likelihood
 
     def excess(delta: float) -> float:
-        tilted = log_weights + delta * log_likelihoods
-        return float(2 * logsumexp(tilted) - logsumexp(tilted + delta * log_likelihoods) - np.log(target))
+        grown = np.exp(delta * log_likelihood - np.max(delta * log_likelihood))
+        return float(2 * np.log(state.weights @ grown) - np.log(state.weights @ grown**2) - np.log(target))
 
     rest = 1 - state.temperature
     if excess(rest) <= 0:
