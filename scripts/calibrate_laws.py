@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from arviz_stats.ecdf_utils import ecdf_pit
 
+from escape_inference.bend import straight
 from escape_inference.conditions import aggregate
 from escape_inference.exploration import with_passage_tables
 from escape_inference.law import Law, built_in_laws, load_law
@@ -33,6 +34,7 @@ from escape_inference.model import (
     sort_conditions,
 )
 from escape_inference.precision import float64
+from escape_inference.programs import OPTIONS
 from escape_inference.sampler import chains
 
 LOOKS, WARMUP, DRAWS, THIN = 20_000, 300, 300, 3
@@ -70,7 +72,7 @@ def named_values(law: Law, inputs: Inputs, observed: Observations, shapes: dict,
 
 
 @float64
-def ranks(law: Law, barrier: str, tables: int, seed: int = 0) -> pd.DataFrame:
+def ranks(law: Law, barrier: str, tables: int, seed: int = 0, warmup: int = WARMUP, draws: int = DRAWS) -> pd.DataFrame:
     """Share of posterior draws below the truth, one row for each table, one column for each quantity."""
     conditions = sort_conditions(aggregate(design(barrier)))
     inputs = with_passage_tables(law, jax.tree.map(jnp.asarray, build_inputs(law, conditions)))
@@ -100,15 +102,16 @@ def ranks(law: Law, barrier: str, tables: int, seed: int = 0) -> pd.DataFrame:
                 chain_key[None],
                 z[None],
                 jnp.atleast_2d(spread),
+                straight(len(z)),
                 inputs,
                 seen,
                 DEFAULT_WIDTHS.as_arrays(),
-                jnp.array(DRAWS),
+                jnp.array(draws),
                 jnp.array(0.9),
             ),
             log_joint=log_joint,
-            warmup=WARMUP,
-            draws=DRAWS,
+            warmup=warmup,
+            draws=draws,
         )
         values = jax.vmap(lambda point: named_values(law, inputs, seen, shapes, point))(found.z[0, ::THIN])
         true = named_values(law, inputs, seen, shapes, z)
@@ -119,7 +122,7 @@ def ranks(law: Law, barrier: str, tables: int, seed: int = 0) -> pd.DataFrame:
             for name in true
         }
 
-    compiled = jax.jit(jax.vmap(one))
+    compiled = jax.jit(jax.vmap(one), compiler_options=OPTIONS)
     keys = jax.random.split(jax.random.fold_in(key, 2), tables)
     together = min(TOGETHER, tables)
     parts = [

@@ -1,0 +1,33 @@
+"""A small form of the calibration of laws by the ranks of the truth; the whole one is a script."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from escape_inference.law import load_law
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+calibrate_laws = importlib.import_module("calibrate_laws")
+sys.path.remove(str(SCRIPTS))
+
+CHANCE = 0.9999  #: that all ranks of one quantity stay within the band
+
+
+@pytest.fixture(scope="module")
+def found():
+    return calibrate_laws.ranks(load_law("constant_rate"), "saddle", tables=60, warmup=100, draws=99)
+
+
+def test_ranks_of_the_truth_are_uniform(found):
+    told = calibrate_laws.verdicts(found, CHANCE)
+    assert {"rate_scale", "log_prefactor", "discrepancy", "log_likelihood"} <= set(told.index)
+    assert told["uniform"].all(), told.to_string()
+
+
+@pytest.mark.parametrize("power", [0.35, 3.0])
+def test_ranks_of_posteriors_that_are_shifted_leave_the_band(found, power):
+    """What a wrong formula does: the truth is above the draws, or below, more often than not."""
+    assert not calibrate_laws.verdicts(found**power, CHANCE)["uniform"].any()
