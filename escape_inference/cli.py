@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Timer
+from threading import Lock, Timer
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -259,15 +260,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    if quiet:
-        yield lambda text: None
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: console.print(text, highlight=False)
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
+    """What says how far the work is; threads that outlive it are not heard."""
+    console, ended, turn = Console(stderr=True, quiet=quiet), False, Lock()
+
+    def say(text: str) -> None:
+        with turn:
+            if not ended:
+                show(text)
+
+    with ExitStack() as stack:
+        if console.is_terminal and not quiet:
+            show: Callable[[str], None] = stack.enter_context(console.status("starting")).update
+        else:
+            show = partial(console.print, highlight=False)
+        try:
+            yield say
+        finally:
+            with turn:
+                ended = True
 
 
 def _check_writable(output: Path) -> Path:

@@ -292,7 +292,7 @@ class Stages:
         seed, draws, warmup, chains = (self.settings[name] for name in ("seed", "draws", "warmup", "chains"))
         with self.locks["explore"]:
             self.say(f"{law.name}: from the prior to the posterior")
-            problem = build_problem(law, prepared, compared=True, **self.settings)
+            problem = build_problem(law, prepared, **self.settings)
         with self.locks["sample"]:
             self.say(f"{law.name}: sampling")
             fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)

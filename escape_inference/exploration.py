@@ -153,6 +153,7 @@ def explore(
     else:
         splines = with_passage_tables(law, inputs)
         scout = replace(problem, prior_inputs=splines, near_inputs=splines, target=_itself(law, splines, shapes))
+        _prepare_tempered(scout.target, observed, size)
         if announce is not None:
             announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size)
@@ -374,8 +375,8 @@ def prepare_likelihood(observed: Observations) -> None:
 def _likelihood_block(
     log_rate: Float[Array, "point condition"], discrepancy: Float[Array, " point"], observed: Observations
 ) -> Float[Array, "point condition"]:
-    """The same program for all laws."""
-    return jax.vmap(lambda rate, sigma: marginal_log_likelihood(rate, sigma, observed))(log_rate, discrepancy)
+    """The same program for all laws; few points at a time, as all wait for the one that needs most."""
+    return jax.lax.map(lambda x: marginal_log_likelihood(x[0], x[1], observed), (log_rate, discrepancy), batch_size=16)
 
 
 def table_error(

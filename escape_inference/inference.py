@@ -49,7 +49,6 @@ from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
 from escape_inference.programs import Ahead
 from escape_inference.sampler import Draws, sample
-from escape_inference.student import prepare_density
 from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
@@ -126,10 +125,8 @@ def build_problem(
     warmup: int = WARMUP,
     chains: int = CHAINS,
     pooling: str = "complete",
-    compared: bool = False,
 ) -> Problem:
-    """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile, and what its evidence needs if
-    laws are ``compared``).
+    """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
 
     Raises:
         InputError: the law does not apply to the barriers in the table or is not finite over its prior, or no escape is left.
@@ -154,7 +151,7 @@ def build_problem(
         observed,
         tuple(site_shapes(law, inputs, observed).items()),
         seed,
-        partial(_announce, observed, chains, draws, warmup, compared),
+        partial(_announce, observed, chains, draws, warmup),
     )
     prior = _prior_sites(problem, seed)
     bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
@@ -171,11 +168,10 @@ def _announce(
     chains: int,
     draws: int,
     warmup: int,
-    compared: bool,
     target: Target,
     seen: Observations,
 ) -> None:
-    """Start compiling what the fit and its evidence will need; ``seen`` is what was observed as the target takes it."""
+    """Start compiling what the fit will need; ``seen`` is what was observed as the target takes it."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
     keys = lambda count: jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
@@ -188,9 +184,6 @@ def _announce(
     )
     _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
     prepare_likelihood(observed)
-    if compared and target.inputs.surrogate is None:  # else what a table needs is there
-        for density in densities(target.law, target.shapes)[1:3]:
-            prepare_density(density, dim, data)
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:

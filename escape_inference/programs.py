@@ -76,12 +76,12 @@ class Ahead:
     def _program(self, arguments: tuple[Any, ...], static: dict[str, Any], wanted: bool) -> Future | None:
         """The program, which is made if it is wanted and not there."""
         leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple(map(_shape, leaves))
-        key = structure, shapes, tuple(sorted(static.items()))
+        shapes = ((x.shape, x.dtype) if hasattr(x, "dtype") else (np.shape(x), np.asarray(x).dtype) for x in leaves)
+        key = structure, tuple(shapes), tuple(sorted(static.items()))
         with self._lock:
             if wanted and key not in self._programs:
                 compile_ = float64(self._compile) if jax.config.read("jax_enable_x64") else self._compile
-                self._programs[key] = _THREADS.submit(compile_, structure, shapes, static)
+                self._programs[key] = _THREADS.submit(compile_, structure, tuple(map(_shape, leaves)), static)
             return self._programs.get(key)
 
     def _compile(self, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], static: dict[str, Any]) -> Any:

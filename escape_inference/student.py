@@ -80,8 +80,9 @@ def at_points(
 
 
 def prepare_density(log_density: LogDensity, dim: int, data: Any) -> None:
-    """Start compiling what :func:`at_points` needs for a density without an attribute of that name."""
-    _block.prepare(jax.ShapeDtypeStruct((BLOCK, dim), np.float64), data, log_density=log_density)
+    """Start compiling what :func:`at_points` needs, if that is a program of its own."""
+    if not hasattr(log_density, "at_points"):
+        _block.prepare(jax.ShapeDtypeStruct((BLOCK, dim), np.float64), data, log_density=log_density)
 
 
 @partial(Ahead, static=("log_density",))

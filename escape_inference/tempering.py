@@ -17,7 +17,16 @@ from jaxtyping import Array, Float
 from scipy.optimize import brentq
 
 from escape_inference.programs import Ahead
-from escape_inference.student import FREEDOM, LogDensity, Student, at_points, call, draws_of, fit_normal
+from escape_inference.student import (
+    FREEDOM,
+    LogDensity,
+    Student,
+    at_points,
+    call,
+    draws_of,
+    fit_normal,
+    prepare_density,
+)
 
 FEWEST = 4  # runs from whose spread an error is estimated
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
@@ -67,7 +76,9 @@ class Sampler(NamedTuple):
     moves: int
 
     def prepare(self, data: Any, dim: int) -> None:
-        """Start compiling the step for points of ``dim`` coordinates."""
+        """Start compiling what is needed for points of ``dim`` coordinates."""
+        prepare_density(self.log_likelihood, dim, data)
+        prepare_density(self.log_prior, dim, data)
         array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
         size, chains = self.particles, self.particles // self.moves
         particles = Particle(array(size, dim), array(size), array(size))
@@ -166,6 +177,7 @@ def tempered_log_evidences(
 
     A pilot makes the plan of temperatures and proposals that they follow; its own outcome is left out.
     """
+    data = jax.tree.map(jnp.asarray, data)  # once for all steps
     plan: list[Step] = []
     _run(sampler, data, seed, 0, lambda state, done: _next_step(plan, state, target) if done < steps else None)
     follow = lambda state, done: plan[done] if done < len(plan) else None

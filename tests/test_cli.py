@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from escape_inference.cli import _print_data
+from escape_inference.cli import _print_data, _progress
 from escape_inference.report import _escape_check
 from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
@@ -73,6 +73,13 @@ def test_report_draws_a_page_from_the_results(folder, compared):
     page = (folder / "out" / "report.html").read_text()
     assert "data:image/png;base64" in page
     assert "power_law" in page
+
+
+def test_threads_that_outlive_the_work_are_not_heard(capsys):
+    with _progress(quiet=False) as say:
+        say("heard")
+    say("after the end")
+    assert capsys.readouterr().err.split() == ["heard"]
 
 
 @pytest.mark.parametrize("after", ["importing", "reading", "posterior"])
