@@ -25,6 +25,7 @@ from escape_inference.model import (
     evaluate,
     known_settings,
     named_values,
+    not_evaluated,
     sample_prior,
 )
 from escape_inference.passage_table import RICHARDSON, tables_for
@@ -224,7 +225,9 @@ def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) ->
     spread = float(
         np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
     )
-    tables = tables_for(law, [(setting, spread) for _, setting, _ in known_settings(inputs)], only_shipped)
+    plain = jax.tree.map(np.asarray, replace(inputs, surrogate=None, passage=None))
+    settings = [(setting, spread) for _, setting, _ in known_settings(plain)]
+    tables = tables_for(law, settings, only_shipped)
     return replace(inputs, passage=tables) if tables else inputs
 
 
@@ -589,15 +592,11 @@ def _slots(table: Inputs, law: Law, offset: np.ndarray, scale: np.ndarray) -> Ta
     return Target(SLOT_LAW, inputs, shapes, used, offset, scale)
 
 
-def _not_evaluated(*_: Any) -> Array:
-    return jnp.zeros(())
-
-
 SLOT_LAW = Law(
     name="tabulated",
     title="a law as a table",
     source="the law that was tabulated",
     parameters=tuple(Parameter(name, 0.0, 1.0, "in units of the prior", positive=False) for name in SLOT_NAMES),
-    log_rate=_not_evaluated,
-    temperature=_not_evaluated,
+    log_rate=not_evaluated,
+    temperature=not_evaluated,
 )

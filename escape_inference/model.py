@@ -5,7 +5,7 @@ log-likelihood and its derived quantities at a point of unconstrained space, whi
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import RLock
 from typing import Any, NamedTuple
@@ -273,26 +273,34 @@ def escape_model(law: Law, inputs: Inputs, observed: Observations, widths: Prior
 
 
 def known_settings(inputs: Inputs) -> Iterator[tuple[slice, Setting, dict[str, Array]]]:
-    """Conditions of one kind after the other, with what the data carry of n, where every setting is known without error."""
-    logs = {name: jnp.asarray(inputs.measured[name].center) for name in (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)}
-    dimension = jnp.exp(jnp.asarray(inputs.measured["effective_dimension"].center))[inputs.minimum]
-    for part, setting in _settings(inputs, logs, logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]):
+    """Conditions of one kind after the other, with what the data carry of n, where every setting is known without error.
+
+    In JAX or, for inputs of NumPy arrays, in NumPy.
+    """
+    numpy = np if isinstance(inputs.learning_rate, np.ndarray) else jnp
+    names = (*MINIMUM_QUANTITIES[:2], *LEVEL_QUANTITIES)
+    logs = {name: numpy.asarray(inputs.measured[name].center) for name in names}
+    dimension = numpy.exp(numpy.asarray(inputs.measured["effective_dimension"].center))[inputs.minimum]
+    log_barrier = logs["loss_barrier"] - logs["loss_minimum"][inputs.level_minimum]
+    for part, setting in _settings(inputs, logs, log_barrier, numpy):
         yield part, setting, {"effective_dimension": dimension[part]} if inputs.dimension_carried == "all" else {}
 
 
-def _settings(inputs: Inputs, logs: Mapping[str, Array], log_barrier: Array) -> Iterator[tuple[slice, Setting]]:
+def _settings(
+    inputs: Inputs, logs: Mapping[str, Array], log_barrier: Array, numpy: Any = jnp
+) -> Iterator[tuple[slice, Setting]]:
     for barrier, start, first, last in inputs.groups:
         part = slice(first, last)
         yield (
             part,
             Setting(
-                learning_rate=jnp.asarray(inputs.learning_rate[part]),
-                batch_size=jnp.asarray(inputs.batch_size[part]),
-                check_interval=jnp.asarray(inputs.check_interval[part]),
-                loss_minimum=jnp.exp(logs["loss_minimum"])[inputs.minimum[part]],
+                learning_rate=numpy.asarray(inputs.learning_rate[part]),
+                batch_size=numpy.asarray(inputs.batch_size[part]),
+                check_interval=numpy.asarray(inputs.check_interval[part]),
+                loss_minimum=numpy.exp(logs["loss_minimum"])[inputs.minimum[part]],
                 log_barrier=log_barrier[inputs.level[part]],
-                hessian_minimum=jnp.exp(logs["hessian_minimum"])[inputs.minimum[part]],
-                hessian_saddle=jnp.exp(logs["hessian_saddle"])[inputs.level[part]],
+                hessian_minimum=numpy.exp(logs["hessian_minimum"])[inputs.minimum[part]],
+                hessian_saddle=numpy.exp(logs["hessian_saddle"])[inputs.level[part]],
                 barrier=barrier,  # type: ignore[arg-type]
                 start=start,  # type: ignore[arg-type]
                 passage=(inputs.passage or {}).get(start) if barrier == "threshold" else None,
@@ -311,6 +319,9 @@ class Evaluation(NamedTuple):
 def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Shape of every sampled site and whether it is positive, in the order of the unconstrained vector."""
     found: dict[str, tuple[tuple[int, ...], bool]] = {}
+    law = replace(
+        law, log_rate=not_evaluated, temperature=not_evaluated
+    )  # no site depends on them, and tracing integrals takes long
 
     def look(inputs: Inputs, observed: Observations) -> None:
         with _ONE_TRACE:
@@ -321,6 +332,11 @@ def site_shapes(law: Law, inputs: Inputs, observed: Observations) -> dict[str, t
 
     jax.eval_shape(look, inputs, observed)  # shapes only: no law is evaluated
     return found
+
+
+def not_evaluated(*_: Any) -> Array:
+    """Stands in for a law's formulas where they do not matter."""
+    return jnp.zeros(())
 
 
 def unpack(

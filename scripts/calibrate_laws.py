@@ -1,6 +1,6 @@
 """Are the posteriors of every law calibrated? Simulation-based calibration (Talts et al. 2018; Modrák et al. 2023).
 
-    python scripts/calibrate_laws.py [--tables 200] [--laws power_law,...] [--barriers saddle,threshold] [--output calibration_laws.csv]
+    python scripts/calibrate_laws.py [--tables 200] [--laws power_law,...] [--barriers saddle,threshold] [--seed 0] [--output calibration_laws.csv]
 
 For each law and kind of barrier, parameters are drawn from the prior, escapes are drawn from the law at 24 conditions (eight minima
 at three learning rates, 20,000 looks each), and the posterior is sampled by NUTS, all tables side by side in one compiled program. The rank of
@@ -142,12 +142,12 @@ def verdicts(ranks: pd.DataFrame, probability: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def main(tables: int, laws: list[str], barriers: list[str], output: Path) -> None:
+def main(tables: int, laws: list[str], barriers: list[str], seed: int, output: Path) -> None:
     """Calibrate all laws and print what came out."""
     found = []
     for name in laws:
         for barrier in barriers:
-            one = ranks(load_law(name), barrier, tables)
+            one = ranks(load_law(name), barrier, tables, seed)
             print(f"{name}, {barrier}\n{verdicts(one).round(4).to_string()}", flush=True)
             found.append(one.melt(var_name="quantity", value_name="rank").assign(law=name, barrier=barrier))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--tables", type=int, default=200)
     parser.add_argument("--laws", default=",".join(built_in_laws()))
     parser.add_argument("--barriers", default="saddle,threshold")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/calibration_laws.csv"))
     arguments = parser.parse_args()
-    main(arguments.tables, arguments.laws.split(","), arguments.barriers.split(","), arguments.output)
+    main(arguments.tables, arguments.laws.split(","), arguments.barriers.split(","), arguments.seed, arguments.output)
