@@ -29,6 +29,7 @@ from escape_inference.student import (
 )
 
 FEWEST = 4  # runs from whose spread an error is estimated
+PRIOR, MOVES = 0, 1  # streams of random numbers of one run
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
 
@@ -89,7 +90,7 @@ class Sampler(NamedTuple):
 
     def start(self, data: Any, seed: int, number: int) -> Particle:
         """Draws from the prior."""
-        z = draws_of(self.sample_prior, self.particles, [seed, number], data)
+        z = draws_of(self.sample_prior, self.particles, [seed, number, PRIOR], data)
         likelihood = at_points(self.log_likelihood, z, data)
         return Particle(z, at_points(self.log_prior, z, data), np.where(likelihood > LOWEST, likelihood, LOWEST))
 
@@ -197,7 +198,7 @@ def _run(
     sampler: Sampler, data: Any, seed: int, number: int, next_step: Callable[["_Weighted", int], Step | None]
 ) -> tuple[float, float, _Weighted]:
     """Log evidence of one run (NaN if it ends before the posterior), its relative variance, and the last particles."""
-    rng = np.random.default_rng([seed, number])
+    rng = np.random.default_rng([seed, number, MOVES])
     size, chains = sampler.particles, sampler.particles // sampler.moves
     state = _Weighted(sampler.start(data, seed, number), np.full(size, 1 / size), 0.0)
     log_z, variance, done = 0.0, 0.0, 0
