@@ -29,7 +29,7 @@ from escape_inference.student import (
 )
 
 FEWEST = 4  # runs from whose spread an error is estimated
-PRIOR, MOVES = 0, 1  # streams of random numbers of one run
+PRIOR, MOVES = 1, 2  # streams of random numbers of one run
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
 
