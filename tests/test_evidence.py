@@ -8,6 +8,7 @@ from scipy.integrate import quad
 from scipy.special import gammaincc, gammaln
 from scipy.stats import gamma, multivariate_normal, norm
 
+from escape_inference import tempering
 from escape_inference.evidence import Evidence, agree, bridge_log_evidence, smc_log_evidence
 
 # Conjugate case: Gamma(2, rate 1) prior on the rate kappa, `escapes` exponential times and censored runs in `exposure`;
@@ -243,3 +244,24 @@ def test_wrong_shapes_and_sizes_are_refused():
 )
 def test_agreement_needs_three_errors_and_half_a_nat(difference, error, expected):
     assert agree(Evidence(-3.0 + difference, error * 0.6, "bridge"), Evidence(-3.0, error * 0.8, "smc")) is expected
+
+
+def test_moves_do_not_use_the_random_numbers_of_the_prior_draws(monkeypatch):
+    """Chains whose proposals are made of the numbers that made the prior draws would not be independent of them."""
+    seen = {}
+
+    def recorded(data, particles, weights, before, after, parents, noise, *rest, **static):
+        seen.update(draws=particles.z, noise=noise)
+        return particles, weights, 0.0
+
+    def sample(key):
+        raise AssertionError("its attribute is used")
+
+    sample.draws = lambda count, rng, data: rng.standard_normal((count, 2))
+    monkeypatch.setattr(tempering, "move", recorded)
+    sampler = tempering.Sampler(gauss_log_prior, gauss_log_likelihood, sample, 64, 8)
+    monkeypatch.setattr(tempering, "at_points", lambda density, z, data: np.zeros(len(z)))
+    step = tempering.Step(1.0, np.zeros(2), np.eye(2))
+    tempering._run(sampler, None, 5, 1, lambda state, done: step)
+    assert seen["noise"].size > seen["draws"].size
+    assert not np.intersect1d(seen["draws"], seen["noise"]).size
