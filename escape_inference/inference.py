@@ -59,6 +59,7 @@ PRIOR_DRAWS, PRIOR = 1000, 3  #: draws of the prior, and their stream of random 
 ATTEMPTS = 6
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
+ROUGHLY = 1.1  #: R-hat up to which chains are in the same place
 POOLINGS = ("complete", "partial")
 LEAST = {"seed": 0, "draws": 100, "warmup": 100, "chains": 2}  #: as the commands take them
 
@@ -273,6 +274,8 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         off = error > tolerance or of_spline > TABLE_TOLERANCE
         if attempt == ATTEMPTS - 1 or (not off and convergence.trustworthy):
             break
+        if not convergence.rhat_max < ROUGHLY:  # chains that stand still say nothing of where the posterior is
+            points = problem.particles
         if off:
             sound = []
             problem = with_integrals(problem) if of_spline > TABLE_TOLERANCE else problem
