@@ -48,7 +48,7 @@ from escape_inference.model import (
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
 from escape_inference.programs import Ahead
-from escape_inference.sampler import Draws, sample
+from escape_inference.sampler import Draws, hmc, nuts
 from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
@@ -57,6 +57,7 @@ TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may mispl
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS, PRIOR = 1000, 3  #: draws of the prior, and their stream of random numbers
 ATTEMPTS = 6
+PATIENCE = 3  #: attempts by trajectories of one length before NUTS takes over
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
 ROUGHLY = 1.1  #: R-hat up to which chains are in the same place
@@ -180,7 +181,8 @@ def _announce(
     log_joint = densities(target.law, target.shapes)[0]
     data = target.inputs, seen, DEFAULT_WIDTHS.as_arrays()
     start = keys(chains), array(chains, dim), array(dim, dim), straight(dim)
-    sample.prepare(
+    sampler = nuts if target.inputs.surrogate is None else hmc
+    sampler.prepare(
         *start, *data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
     )
     _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
@@ -222,10 +224,12 @@ def run_chains(
     chains: int = CHAINS,
     count: int | None = None,
     acceptance: float = ACCEPTANCE,
+    patient: bool = False,
 ) -> Draws:
     """Sample the posterior; ``weight`` 0 leaves a condition out, ``widths`` are those of the prior.
 
     ``count`` ends every chain after so many draws; a higher ``acceptance`` makes smaller steps. None of the four compiles anew.
+    NUTS samples what is not a table of a law of few parameters, and everything if ``patient``.
     """
     rng = np.random.default_rng(seed)
     target = problem.target
@@ -235,7 +239,8 @@ def run_chains(
     covariance = np.atleast_2d(np.cov(known.T)) + 1e-10 * np.eye(start.shape[1])
     count = min(count or draws, draws)
     keys = jax.random.split(jax.random.key(seed), chains)
-    result = sample(
+    sampler = nuts if patient or target.inputs.surrogate is None else hmc
+    result = sampler(
         *(keys, start, covariance, bend, target.inputs, problem.weighted(weight), widths.as_arrays()),
         *(np.asarray(count), np.asarray(acceptance)),
         log_joint=densities(target.law, target.shapes)[0],
@@ -246,7 +251,7 @@ def run_chains(
 
 
 def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int) -> Fit:
-    """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge.
+    """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge, in the end by NUTS.
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
     smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table that is off at the draws is made
@@ -260,7 +265,9 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     sound: list[Draws] = []
     refusal = 1 - ACCEPTANCE
     for attempt in range(ATTEMPTS):
-        run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal)
+        run = again(
+            problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=attempt >= PATIENCE
+        )
         energy = run.energy
         points, hindered = run.z.reshape(-1, run.z.shape[-1]), run.diverging.any()
         if hindered:

@@ -107,7 +107,7 @@ def to_tree(
             "sample_stats": {
                 "diverging": draws.diverging,
                 "energy": draws.energy,
-                "tree_depth": draws.tree_depth,
+                "n_steps": draws.n_steps,
                 "acceptance_rate": draws.acceptance_rate,
                 "step_size": draws.step_size,
             },
@@ -194,7 +194,7 @@ def _whole_or_absent(path: Path) -> Iterator[Path]:
 def save_tree(tree: xr.DataTree, path: Path) -> None:
     """Write a posterior as NetCDF."""
     with _whole_or_absent(path) as temporary:
-        tree.to_netcdf(temporary, engine="h5netcdf")
+        tree.to_netcdf(temporary, engine="netcdf4")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """A law's posterior under another prior or without a condition, from draws of one that is known.
 
 Where the law is a table of a few parameters the draws are made anew by adaptive importance sampling, which costs a few thousand densities;
-with many latent settings they are weighted anew. Where the Pareto shape says that neither can be trusted, NUTS runs again.
+with many latent settings they are weighted anew. Where the Pareto shape says that neither can be trusted, Markov chains run again.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
 from escape_inference.student import at_points
 
-REFIT_DRAWS = 400  #: draws of each chain where NUTS runs again
+REFIT_DRAWS = 400  #: draws of each chain where Markov chains run again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
 ATTEMPTS = 3  #: times that the law's rates are tabulated anew where the draws went
 OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted

@@ -38,7 +38,7 @@ def write_report(folder: str | Path) -> Path:
         path = folder / f"{name}.nc"
         if not path.is_file():
             raise InputError(f"{path}: not found, though {source.name} names this law; run compare again")
-        trees[name] = xr.open_datatree(path, engine="h5netcdf")
+        trees[name] = xr.open_datatree(path, engine="netcdf4")
     parts = [
         f"<h1>Escape of SGD: {html.escape(Path(report['data']['path']).name)}</h1>",
         f"<p class=verdict>Verdict: {html.escape(report['verdict'])}</p><p>{html.escape(report['reason'])}</p>",

@@ -26,10 +26,11 @@ LIBRARIES = (
     "optax",
     "arviz_stats",
     "xarray",
-    "h5netcdf",
+    "netCDF4",
     "pandas",
     "scipy.stats",
     "escape_inference.comparison",
+    "escape_inference.copied",
 )  #: that start no threads of JAX
 
 

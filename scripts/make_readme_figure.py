@@ -18,7 +18,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "data" / "mnist_two_class_rates.
 def main(folder: Path) -> None:
     """Draw measured rates against both laws."""
     names = ("power_law", "arrhenius")
-    trees = {name: xr.open_datatree(folder / f"{name}.nc", engine="h5netcdf") for name in names}
+    trees = {name: xr.open_datatree(folder / f"{name}.nc", engine="netcdf4") for name in names}
     rates_figure(trees).savefig(PICTURE, dpi=90)
     print(PICTURE)
 

@@ -127,19 +127,19 @@ def test_a_posterior_file_opens_with_arviz_and_has_every_group(power_at_saddles,
         warnings.simplefilter("ignore")
         import arviz
     path = tmp_path / "power_law.nc"
-    power_at_saddles.fits["power_law"].to_netcdf(path, engine="h5netcdf")
+    power_at_saddles.fits["power_law"].to_netcdf(path, engine="netcdf4")
     tree = arviz.from_netcdf(path)
     groups = set(tree.groups()) if callable(tree.groups) else {group.strip("/") for group in tree.groups}
     assert groups >= GROUPS
-    posterior = xr.open_datatree(path, engine="h5netcdf")["posterior"].to_dataset()
+    posterior = xr.open_datatree(path, engine="netcdf4")["posterior"].to_dataset()
     assert posterior.sizes["condition"] == 30
-    constant = xr.open_datatree(path, engine="h5netcdf")["constant_data"]
+    constant = xr.open_datatree(path, engine="netcdf4")["constant_data"]
     assert list(posterior["minimum"].to_numpy()) == list(constant["minimum"].to_numpy())
     assert list(posterior["minimum"].to_numpy()) == list(dict.fromkeys(constant["condition_minimum"].to_numpy()))
     assert {"temperature", "log_barrier", "log_rate", "discrepancy", "temperature_scale"} <= set(posterior.data_vars)
     assert posterior["temperature"].attrs["units"]
     for group in ("posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"):
-        for name, variable in xr.open_datatree(path, engine="h5netcdf")[group].data_vars.items():
+        for name, variable in xr.open_datatree(path, engine="netcdf4")[group].data_vars.items():
             assert variable.attrs["units"] and variable.attrs["description"], (group, name)
     assert posterior["temperature"].attrs["equation"] == "T = α η h*/B"
     assert "(L^s/L*)^−(1/T + 1 − n/2)" in posterior["log_rate"].attrs["equation"]
