@@ -94,7 +94,7 @@ class Problem:
 
     def weighted(self, weight: Float[np.ndarray, " condition"]) -> Observations:
         """What was seen as the target takes it, with other weights of the conditions."""
-        return seen_by(self.target, replace(self.observed, weight=jnp.asarray(weight, float)))
+        return seen_by(self.target, replace(self.observed, weight=np.asarray(weight, float)))
 
 
 def seen_by(target: Target, observed: Observations) -> Observations:

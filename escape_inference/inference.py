@@ -47,7 +47,7 @@ from escape_inference.model import (
 )
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
-from escape_inference.programs import Ahead
+from escape_inference.programs import Ahead, random_keys
 from escape_inference.sampler import Draws, hmc, nuts
 from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
@@ -55,7 +55,8 @@ from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
 TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may misplace, far below the noise of the draws
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
-PRIOR_DRAWS, PRIOR = 1000, 3  #: draws of the prior, and their stream of random numbers
+PRIOR_DRAWS = 1000
+PRIOR, SAMPLING, RESIDUALS = 3, 4, 5  #: streams of random numbers
 ATTEMPTS = 6
 PATIENCE = 3  #: attempts by trajectories of one length before NUTS takes over
 TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
@@ -145,7 +146,7 @@ def build_problem(
         )
     inputs = build_inputs(law, prepared.conditions, pooling)
     observed = build_observations(prepared.conditions, prepared.waiting)
-    inputs, observed = jax.tree.map(jnp.asarray, (inputs, observed))
+    inputs, observed = jax.device_put((inputs, observed))  # at once: jnp.asarray compiles a program for each shape
 
     problem = explore(
         law,
@@ -175,7 +176,7 @@ def _announce(
 ) -> None:
     """Start compiling what the fit will need; ``seen`` is what was observed as the target takes it."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
-    keys = lambda count: jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    keys = lambda count: jax.eval_shape(lambda: random_keys(0, count=count))
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
     conditions, total = len(observed.escapes), chains * draws
     log_joint = densities(target.law, target.shapes)[0]
@@ -208,7 +209,7 @@ def _prior_sites(problem: Problem, seed: int) -> dict[str, np.ndarray]:
     if target.inputs.surrogate is not None:
         z = np.random.default_rng([seed, PRIOR]).normal(size=(PRIOR_DRAWS, target.used.max() + 1))
     else:
-        key = jax.random.fold_in(jax.random.key(seed), PRIOR)
+        key = random_keys(seed, PRIOR)
         z = np.asarray(sample_prior(key, target.law, target.inputs, problem.observed, PRIOR_DRAWS))
     return jax.tree.map(lambda x: x[None], named_values_at(problem, problem.prior_inputs, target.to_model(z)))
 
@@ -238,7 +239,7 @@ def run_chains(
     start = known[rng.choice(len(known), chains, replace=False)]
     covariance = np.atleast_2d(np.cov(known.T)) + 1e-10 * np.eye(start.shape[1])
     count = min(count or draws, draws)
-    keys = jax.random.split(jax.random.key(seed), chains)
+    keys = random_keys(seed, SAMPLING, count=chains)
     sampler = nuts if patient or target.inputs.surrogate is None else hmc
     result = sampler(
         *(keys, start, covariance, bend, target.inputs, problem.weighted(weight), widths.as_arrays()),
@@ -325,12 +326,12 @@ def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Obser
 def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     """The ArviZ data tree of a fit, with prior and posterior predictive draws."""
     problem = fit.problem
-    key, rng = jax.random.fold_in(jax.random.key(seed), PRIOR), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     chains, draws = fit.draws.z.shape[:2]
     prior_sites = problem.prior_sites
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
-    keys = jax.random.split(jax.random.fold_in(key, 1), chains * draws)
-    residual = _residuals(keys, jnp.asarray(log_rate), jnp.asarray(sigma[:, 0]), problem.observed)
+    keys = random_keys(seed, RESIDUALS, count=chains * draws)
+    residual = _residuals(keys, log_rate, sigma[:, 0], problem.observed)
     predicted = replicate_escapes(rng, log_rate, sigma, problem.observed)
     prior_rate, prior_sigma = prior_sites["log_rate"][0], prior_sites["discrepancy"][0][:, None]
     prior_predicted = replicate_escapes(rng, prior_rate, prior_sigma, problem.observed)

@@ -46,7 +46,7 @@ class PriorWidths(NamedTuple):
 
     def as_arrays(self) -> "PriorWidths":
         """The same as arrays, so that other values compile nothing new."""
-        return PriorWidths(jnp.asarray(self.parameters, float), jnp.asarray(self.discrepancy, float))
+        return PriorWidths(np.asarray(self.parameters, float), np.asarray(self.discrepancy, float))
 
 
 DEFAULT_WIDTHS = PriorWidths()

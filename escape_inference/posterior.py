@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -191,9 +192,12 @@ def _whole_or_absent(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_WRITING = Lock()  #: the library ends the process if two threads write at a time
+
+
 def save_tree(tree: xr.DataTree, path: Path) -> None:
     """Write a posterior as NetCDF."""
-    with _whole_or_absent(path) as temporary:
+    with _WRITING, _whole_or_absent(path) as temporary:
         tree.to_netcdf(temporary, engine="netcdf4")
 
 

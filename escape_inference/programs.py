@@ -38,6 +38,16 @@ _THREADS = ThreadPoolExecutor(8, thread_name_prefix="compile")  # more than proc
 _AT_WORK = BoundedSemaphore(len(processors()))
 
 
+def random_keys(*seed: int, count: int | None = None) -> jax.Array:
+    """Keys ``[count]`` of a stream of random numbers, or a single one; JAX would compile programs to make them.
+
+    >>> random_keys(0, 1, count=3).shape, random_keys(0, 1).shape
+    ((3,), ())
+    """
+    words = np.random.SeedSequence(seed).generate_state(2 * (count or 1))
+    return jax.random.wrap_key_data(words.reshape((2,) if count is None else (count, 2)), impl="threefry2x32")
+
+
 class Ahead:
     """A function that is compiled in the background for arguments of the shapes that it will get.
 

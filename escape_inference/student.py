@@ -12,7 +12,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 from scipy.special import gammaln
 
-from escape_inference.programs import Ahead
+from escape_inference.programs import Ahead, random_keys
 
 LogDensity = Callable[..., Array]
 
@@ -94,10 +94,7 @@ def draws_of(sample: Callable[..., Array], count: int, seed: list[int], data: An
     """Draws ``sample(key, data)``: by its attribute ``draws`` if it has one, else by one compiled program."""
     if own := getattr(sample, "draws", None):
         return own(count, np.random.default_rng(seed), data)
-    key = jax.random.key(seed[0])
-    for number in seed[1:]:
-        key = jax.random.fold_in(key, number)
-    return np.asarray(_draws(jax.random.split(key, count), data, sample=sample))
+    return np.asarray(_draws(random_keys(*seed, count=count), data, sample=sample))
 
 
 @partial(Ahead, static=("sample",))

@@ -178,7 +178,7 @@ def tempered_log_evidences(
 
     A pilot makes the plan of temperatures and proposals that they follow; its own outcome is left out.
     """
-    data = jax.tree.map(jnp.asarray, data)  # once for all steps
+    data = jax.device_put(data)  # once for all steps
     plan: list[Step] = []
     _run(sampler, data, seed, 0, lambda state, done: _next_step(plan, state, target) if done < steps else None)
     follow = lambda state, done: plan[done] if done < len(plan) else None
