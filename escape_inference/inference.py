@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -266,9 +265,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     sound: list[Draws] = []
     refusal = 1 - ACCEPTANCE
     for attempt in range(ATTEMPTS):
-        run = again(
-            problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=attempt >= PATIENCE
-        )
+        run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=attempt >= PATIENCE)
         energy = run.energy
         points, hindered = run.z.reshape(-1, run.z.shape[-1]), run.diverging.any()
         if hindered:

@@ -1,6 +1,6 @@
 """Do 90 % intervals contain the truth 90 % of the time, and does the law of the world win? On worlds stepped as equations of motion.
 
-    python scripts/calibrate_worlds.py [--repetitions 20] [--part verdicts|exponents] [--world "0.0 saddle"] [--jobs 2]
+    python scripts/calibrate_worlds.py [--repetitions 20] [--first-seed 0] [--part verdicts|exponents] [--world "0.0 saddle"] [--jobs 2]
 
 ``verdicts``: noise proportional to the loss (power law) and uniform noise (Arrhenius), at saddles and at thresholds. For every repetition a new
 design and new runs are simulated and both laws are compared; temperature scale or noise strength and n stand against the truth.
@@ -75,13 +75,13 @@ def study(part: str, case: tuple, seed: int) -> list[dict]:
     ]
 
 
-def main(part: str, repetitions: int, world: str | None, jobs: int, output: Path) -> None:
+def main(part: str, seeds: range, world: str | None, jobs: int, output: Path) -> None:
     """Run all worlds, or one, and print the coverage."""
     output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = pd.read_csv(output).to_dict("records") if output.exists() else []
     known = {(row["part"], row["world"], row["seed"]) for row in rows}
     cases = [case for case in PARTS[part] if world in (None, f"{case[0]} {case[1]}")]
-    tasks = [(part, case, seed) for seed in range(repetitions) for case in cases]
+    tasks = [(part, case, seed) for seed in seeds for case in cases]
     tasks = [task for task in tasks if (part, f"{task[1][0]} {task[1][1]}", task[2]) not in known]
     with processes(jobs) as pool:
         for done in as_completed([pool.submit(study, *task) for task in tasks]):
@@ -89,9 +89,13 @@ def main(part: str, repetitions: int, world: str | None, jobs: int, output: Path
             pd.DataFrame(rows).to_csv(output, index=False)
             print(f"{len(rows)} intervals: {rows[-1]['world']}, {rows[-1]['verdict']}", flush=True)
     frame = pd.DataFrame(rows)
-    frame = frame[(frame["part"] == part) & frame["world"].isin([f"{first} {barrier}" for first, barrier in cases])]
-    low, high = binom.interval(0.95, repetitions, 0.9)
-    print(f"expected {low:.0f} to {high:.0f} of {repetitions} intervals to contain the truth")
+    frame = frame[
+        (frame["part"] == part)
+        & frame["seed"].isin(seeds)
+        & frame["world"].isin([f"{first} {barrier}" for first, barrier in cases])
+    ]
+    low, high = binom.interval(0.95, len(seeds), 0.9)
+    print(f"expected {low:.0f} to {high:.0f} of {len(seeds)} intervals to contain the truth")
     print(frame.groupby(["world", "parameter"])["contains"].agg(["sum", "size"]).to_string())
     print(frame.drop_duplicates(["world", "seed"]).groupby("world")["verdict"].value_counts().to_string())
 
@@ -99,9 +103,11 @@ def main(part: str, repetitions: int, world: str | None, jobs: int, output: Path
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0, help="of the simulated tables; later ones are new data")
     parser.add_argument("--part", choices=list(PARTS), default="verdicts")
     parser.add_argument("--world", help="one world only, as the printed table names it")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--output", type=Path, default=Path("results/calibration_worlds.csv"))
     arguments = parser.parse_args()
-    main(arguments.part, arguments.repetitions, arguments.world, arguments.jobs, arguments.output)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.repetitions)
+    main(arguments.part, seeds, arguments.world, arguments.jobs, arguments.output)

@@ -1,10 +1,13 @@
-"""What a fit refuses before it samples."""
+"""What a fit refuses before it samples, how often it samples, and how it is written."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 
 from escape_inference import inference
 from escape_inference.comparison import compare
@@ -14,6 +17,7 @@ from escape_inference.evidence import Evidence
 from escape_inference.exploration import Problem, _itself
 from escape_inference.inference import infer
 from escape_inference.law import Law, Parameter, kramers_log_prefactor
+from escape_inference.posterior import save_tree
 from escape_inference.sampler import Draws
 from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
@@ -85,3 +89,36 @@ def test_a_fit_with_fewer_than_four_chains_is_not_trustworthy_and_says_why(chain
     found = inference.fit_law(problem, seed=0, draws=100, warmup=100, chains=chains)
     assert found.trustworthy == trustworthy
     assert found.reason == ("" if trustworthy else "2 chains (must be 4 or more)")
+
+
+def test_what_trajectories_of_one_length_do_not_sample_is_left_to_nuts_and_told(monkeypatch):
+    flat, asked = np.zeros((4, 100)), []
+    run = Draws(flat[..., None], flat.astype(bool), *[flat] * (len(Draws._fields) - 2))
+
+    @dataclass(frozen=True)
+    class Unsampled:
+        observed = SimpleNamespace(escapes=np.zeros(3))
+        target = SimpleNamespace(inputs=SimpleNamespace(passage=None, surrogate=None), to_model=lambda z: z)
+        particles: np.ndarray
+
+    monkeypatch.setattr(inference, "run_chains", lambda *_, **given: asked.append(given["patient"]) or run)
+    monkeypatch.setattr(inference, "check_convergence", lambda *_: Convergence(1.5, 9.0, 0, 1.0, False, "R-hat 1.5"))
+    monkeypatch.setattr(inference, "table_error", lambda *_: 0.0)
+    monkeypatch.setattr(inference, "spline_error", lambda *_: 0.0)
+    monkeypatch.setattr(inference, "summarise", lambda problem, run, convergence: convergence)
+    found = inference.fit_law(Unsampled(np.zeros((9, 1))), seed=0, draws=100, warmup=100, chains=4)
+    assert asked == [False] * inference.PATIENCE + [True] * (inference.ATTEMPTS - inference.PATIENCE)
+    assert not found.trustworthy
+
+
+def test_files_that_threads_write_at_once_are_whole(tmp_path):
+    """The library that writes them would end the process."""
+    tree = xr.DataTree.from_dict(
+        {f"group{k}": xr.Dataset({f"x{i}": ("x", [k, i]) for i in range(20)}) for k in range(5)}
+    )
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: save_tree(tree.copy(deep=True), tmp_path / f"{k}.nc"), range(40)))
+    for k in range(40):
+        with xr.open_datatree(tmp_path / f"{k}.nc", engine="netcdf4") as found:
+            assert found.equals(tree)
+    assert len(list(tmp_path.iterdir())) == 40
