@@ -54,7 +54,6 @@ from escape_inference.workers import Worker, Workers, processors
 Progress = Callable[[str], None]
 Keep = Callable[[str, xr.DataTree], None]
 VARIANTS = {width: PriorWidths(width, width) for width in WIDTHS} | {NO_DISCREPANCY: PriorWidths(1.0, 1e-4)}
-PARALLEL = len(processors())
 COMPILED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 Settings = dict[str, Any]
 Again = Callable[[str], tuple[LeaveOneOut, Evidence]]
@@ -120,7 +119,7 @@ class LawResult:
         if np.ptp(self.fit.draws.z, axis=1).max() == 0:
             return  # chains that stand still would stand still again
         wanted = [int(i) for i in needs_refit(loo, len(sample.z)) if not loo.refitted[i]]
-        refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, PARALLEL)
+        refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, len(processors()))
         exact = {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
         self.loo[width] = with_refits(loo, exact)
 
@@ -213,7 +212,7 @@ def _study_here(
         keep(law.name, result.tree)
         return result
 
-    results = side_by_side(study, laws, PARALLEL)
+    results = side_by_side(study, laws, len(processors()))
     known = {law.name: result for law, result in zip(laws, results, strict=True)}
     return {name: result.findings for name, result in known.items()}, lambda name: known[name].without_discrepancy()
 
@@ -305,7 +304,7 @@ class Stages:
             says["point_bayes_factors"] = _points(first)
             redraw = {"seed": seed, "warmup": warmup, "chains": chains}
             others = {key: VARIANTS[key] for key in WIDTHS if key != 1.0}
-            found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), PARALLEL)
+            found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), len(processors()))
             samples = {1.0: first} | dict(zip(others, found, strict=True))
             loo = {key: leave_one_out(one.log_likelihood[None], one.log_weight) for key, one in samples.items()}
             result = LawResult(fit, loo, samples, redraw, tree, says)
@@ -366,7 +365,7 @@ def _assemble(prepared: Prepared, laws: Sequence[Law], results: dict[str, Findin
     ]
     verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))
     if verdict in results and again is not None:  # it must hold without the discrepancy, too, with exact scores
-        exact = side_by_side(again, results, PARALLEL)
+        exact = side_by_side(again, results, len(processors()))
         for result, (loo, evidence) in zip(results.values(), exact, strict=True):
             result.loo[NO_DISCREPANCY], result.evidence[NO_DISCREPANCY] = loo, evidence
         verdict, reason = decide(check, candidates, pairs := _pairs(results), len(frame))

@@ -45,7 +45,8 @@ def random_keys(*seed: int, count: int | None = None) -> jax.Array:
     ((3,), ())
     """
     words = np.random.SeedSequence(seed).generate_state(2 * (count or 1))
-    return jax.random.wrap_key_data(words.reshape((2,) if count is None else (count, 2)), impl="threefry2x32")
+    shaped: Any = words.reshape((2,) if count is None else (count, 2))
+    return jax.random.wrap_key_data(shaped, impl="threefry2x32")
 
 
 class Ahead:

@@ -147,6 +147,7 @@ def _settle(share: list[int]) -> None:
 
 
 def _settle_on_next(free: Any) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     _settle(free.get())
 
 

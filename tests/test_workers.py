@@ -68,9 +68,22 @@ def test_a_worker_stays_on_its_processor(worker):
     assert worker.ask(where, say=print) == set(workers.processors()[:1])
 
 
-def test_workers_end_with_the_process_that_started_them():
-    code = "import os, test_workers as t; w = t.workers.Worker(t.workers.processors()[:1], 'escape_inference.errors')\n"
-    code += "w.ask(t.take_long, say=lambda text: (print(text, flush=True), os.kill(os.getpid(), 9)))"
+WORKER = """
+import os, test_workers as t
+w = t.workers.Worker(t.workers.processors()[:1], 'escape_inference.errors')
+w.ask(t.take_long, say=lambda text: (print(text, flush=True), os.kill(os.getpid(), 9)))
+"""
+POOL = """
+import os, time, test_workers as t
+pool = t.workers.processes(1)
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 60)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("code", [WORKER, POOL], ids=["worker", "pool"])
+def test_workers_end_with_the_process_that_started_them(code):
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
     ) as parent:
