@@ -20,10 +20,7 @@ from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.student import LogDensity
 
 Shapes = tuple[tuple[str, tuple[tuple[int, ...], bool]], ...]
-LENGTHS = (
-    0.8,
-    2.4,
-)  #: shortest and longest trajectory, around a quarter of the period of a standard normal distribution
+LENGTHS = 0.8, 2.4  #: of trajectories, around a quarter of the period of a standard normal distribution
 FIRST_STEP, MOST_STEPS = 0.5, 64  #: of a trajectory of :data:`hmc`
 
 

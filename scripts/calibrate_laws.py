@@ -110,7 +110,8 @@ def rank(
     law: str, barrier: str, tables: int, seed: int, number: int, settings: dict[str, int] = SHORT
 ) -> dict[str, float] | None:
     """One table, and the share of posterior draws below the truth for each quantity; None for a table that is no measurement of escape."""
-    jax.config.update("jax_compilation_cache_dir", str(Path("results/compiled").resolve()))
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path("results/compiled").resolve()))
     loaded, inputs, shapes, empty, truths, at = setting(law, barrier, tables, seed)
     rng, looks = np.random.default_rng([seed, number, 1]), np.full(inputs.learning_rate.shape, float(LOOKS))
     seen = lambda escapes: Observations(**{**empty.__dict__, "escapes": escapes, "looks": looks})
