@@ -183,7 +183,7 @@ def _announce(
     start = keys(chains), array(chains, dim), array(dim, dim), straight(dim)
     sampler = nuts if target.inputs.surrogate is None else hmc
     sampler.prepare(
-        *start, *data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
+        *start, data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
     )
     _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
     prepare_likelihood(observed)
@@ -241,7 +241,7 @@ def run_chains(
     keys = random_keys(seed, SAMPLING, count=chains)
     sampler = nuts if patient or target.inputs.surrogate is None else hmc
     result = sampler(
-        *(keys, start, covariance, bend, target.inputs, problem.weighted(weight), widths.as_arrays()),
+        *(keys, start, covariance, bend, (target.inputs, problem.weighted(weight), widths.as_arrays())),
         *(np.asarray(count), np.asarray(acceptance)),
         log_joint=densities(target.law, target.shapes)[0],
         warmup=warmup,

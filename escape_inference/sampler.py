@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 from numpyro import infer
 
 from escape_inference.bend import Bend, bent
-from escape_inference.likelihood import Observations
-from escape_inference.model import Inputs, PriorWidths
 from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.student import LogDensity
 
@@ -41,9 +39,7 @@ def hmc_chains(
     start: Float[Array, "chain dim"],
     covariance: Float[Array, "dim dim"],
     bend: Bend,
-    inputs: Inputs,
-    observed: Observations,
-    widths: PriorWidths,
+    data: Any,
     count: Int[Array, ""],
     acceptance: Float[Array, ""],
     *,
@@ -63,7 +59,7 @@ def hmc_chains(
     initialise, adapt, _ = dual_averaging_adaptation(acceptance)  # type: ignore[arg-type]
 
     def log_density(point: Array) -> Array:
-        value = log_joint(bent(bend, point), (inputs, observed, widths))
+        value = log_joint(bent(bend, point), data)
         return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
     def advance(i: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,9 +100,7 @@ def nuts_chains(
     start: Float[Array, "chain dim"],
     covariance: Float[Array, "dim dim"],
     bend: Bend,
-    inputs: Inputs,
-    observed: Observations,
-    widths: PriorWidths,
+    data: Any,
     count: Int[Array, ""],
     acceptance: Float[Array, ""],
     *,
@@ -114,10 +108,11 @@ def nuts_chains(
     warmup: int,
     draws: int,
 ) -> Draws:
-    """Run one NUTS chain for each key; other values of ``observed`` (its weights, too), ``widths``, ``count`` or ``acceptance`` compile nothing.
+    """Run one NUTS chain for each key; other values of ``data``, ``count`` or ``acceptance`` compile nothing.
 
     :data:`nuts` is the compiled form.
 
+    ``data`` is what ``log_joint(z, data)`` takes: inputs, what was observed (with weights of the conditions), widths of the prior.
     Only the first ``count`` of the ``draws`` places are filled; steps are as long as a mean ``acceptance`` allows.
 
     The chains run in the straight coordinates of ``bend``, where they begin at ``start``; draws are of the posterior's own. The mass matrix
@@ -126,7 +121,7 @@ def nuts_chains(
 
     def chain(key: Array, z: Array) -> tuple[Array, ...]:
         def potential(point: Array) -> Array:
-            energy = -log_joint(bent(bend, point), (inputs, observed, widths))
+            energy = -log_joint(bent(bend, point), data)
             return jnp.where(jnp.isfinite(energy), energy, jnp.inf)
 
         initialise, step = infer.hmc.hmc(potential, algo="NUTS")

@@ -162,7 +162,7 @@ def test_another_process_gets_the_same_bits(folder, tmp_path):
         from escape_inference.sampler import hmc
 
         def log_joint(z, data):
-            return -0.5 * jnp.sum((z - data[0]) ** 2)
+            return -0.5 * jnp.sum((z - data) ** 2)
 
         log_joint.stored_as = "a normal density"
 
@@ -170,7 +170,7 @@ def test_another_process_gets_the_same_bits(folder, tmp_path):
         def draws():
             keys, start = jax.random.split(jax.random.key(0), 2), np.zeros((2, 2))
             settings = dict(log_joint=log_joint, warmup=50, draws=50)
-            return hmc(keys, start, np.eye(2), straight(2), np.ones(2), (), (), np.asarray(50), np.asarray(0.8), **settings)
+            return hmc(keys, start, np.eye(2), straight(2), np.ones(2), np.asarray(50), np.asarray(0.8), **settings)
 
         found = draws()
         assert abs(found.z.mean() - 1) < 0.5

@@ -16,8 +16,7 @@ CURVATURE = 0.3
 
 
 def banana(z, data):
-    inputs, _, _ = data
-    return -0.5 * z[0] ** 2 - 0.5 * ((z[1] - CURVATURE * z[0] ** 2) / inputs) ** 2
+    return -0.5 * z[0] ** 2 - 0.5 * ((z[1] - CURVATURE * z[0] ** 2) / data) ** 2
 
 
 def exact(count, width, seed):
@@ -28,7 +27,7 @@ def exact(count, width, seed):
 @float64
 def draws(sampler, start, bend, width, *, warmup, count, seed=0, acceptance=0.9, covariance=None) -> Draws:
     covariance = np.cov(unbent(bend, exact(4000, width, 9)).T) if covariance is None else covariance
-    arrays = random_keys(seed, 1, count=len(start)), start, covariance, bend, jnp.asarray(width), (), ()
+    arrays = random_keys(seed, 1, count=len(start)), start, covariance, bend, jnp.asarray(width)
     return jax.tree.map(
         np.asarray,
         sampler(*arrays, np.asarray(count), np.asarray(acceptance), log_joint=banana, warmup=warmup, draws=count),
