@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
 
+from escape_inference.later import library
+
 NEARLY_EQUAL = 0.1
 
 
@@ -48,7 +50,7 @@ def smoothed(log_ratio: Float[np.ndarray, " draw"]) -> tuple[Float[np.ndarray, "
     >>> smoothed(np.repeat([0.0, 1.0], 500))[1]
     inf
     """
-    from arviz_stats.base import array_stats  # here, as it takes long to read and not every process needs it
+    array_stats = library("arviz_stats.base").array_stats
 
     try:
         weights, k = array_stats.psislw(-log_ratio)  # it takes log-likelihoods and turns their sign itself

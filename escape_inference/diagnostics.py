@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from escape_inference.later import library
+
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
 BFMI_LIMIT = 0.3
@@ -33,7 +35,7 @@ def check_convergence(
     >>> check_convergence(draws + np.arange(4)[:, None, None], np.zeros((4, 500), bool), draws[..., 0]).trustworthy
     False
     """
-    from arviz_stats.base import array_stats  # here, as it takes long to read and not every process needs it
+    array_stats = library("arviz_stats.base").array_stats
 
     columns = np.moveaxis(np.asarray(z, float), -1, 0)
     rhat = float(np.max([array_stats.rhat(c, chain_axis=0, draw_axis=1) for c in columns]))

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from escape_inference.later import library
+
 MOVED_CONTRACTION = 0.36  #: sd of the posterior below 0.8 of the prior's
 MOVED_SHIFT = 1.0  #: or the mean moved by so many standard deviations of the prior
 SENSITIVE = 0.05  #: cumulative Jensen-Shannon distance above which a posterior follows its prior
@@ -99,12 +101,10 @@ def _on_prior_scale(fit: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def _sensitivity(fit: xr.DataTree, names: list[str], group: str) -> dict[str, float]:
-    from arviz_stats import psense  # here, as it takes long to read and not every process needs it
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = psense(fit, var_names=names, group=group)
+            found = library("arviz_stats").psense(fit, var_names=names, group=group)
         except ValueError:  # the same value in all draws of the tail
             return dict.fromkeys(names, float("nan"))
     values = found if hasattr(found, "data_vars") and len(found.data_vars) else found["posterior"]

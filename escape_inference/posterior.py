@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from escape_inference.later import library
 from escape_inference.law import Law
 from escape_inference.model import MEAN_DISCREPANCY
 from escape_inference.summary import jsonable, parameter_summary
@@ -65,7 +66,7 @@ def to_tree(
     waiting_shape: np.ndarray,
 ) -> xr.DataTree:
     """Assemble the data tree of a fit (arrays ``[chain, draw, ...]``)."""
-    import arviz_base  # here, as it takes long to read and not every process needs it
+    arviz_base = library("arviz_base")
 
     frame, law = prepared.conditions.frame, fit.problem.law
     conditions, minima = list(frame["condition"]), list(prepared.conditions.minima)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from numpyro import infer
 
 from escape_inference.bend import Bend, bent
+from escape_inference.later import library
 from escape_inference.programs import OPTIONS, Ahead
 from escape_inference.student import LogDensity
 
@@ -52,11 +53,9 @@ def hmc_chains(
     The mass matrix stays at ``covariance``. The length of the trajectories is drawn anew every time (randomised HMC), and the step size,
     one for all chains, is adapted to their mean acceptance by dual averaging while they warm up.
     """
-    from blackjax.adaptation.step_size import dual_averaging_adaptation  # here, as it takes long to read
-    from blackjax.mcmc import hmc
-
+    hmc, step_size_of = library("blackjax.mcmc.hmc"), library("blackjax.adaptation.step_size")
     kernel = hmc.build_kernel()
-    initialise, adapt, _ = dual_averaging_adaptation(acceptance)  # type: ignore[arg-type]
+    initialise, adapt, _ = step_size_of.dual_averaging_adaptation(acceptance)
 
     def log_density(point: Array) -> Array:
         value = log_joint(bent(bend, point), data)

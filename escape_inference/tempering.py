@@ -16,6 +16,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 from scipy.optimize import brentq
 
+from escape_inference.later import library
 from escape_inference.programs import Ahead
 from escape_inference.student import (
     FREEDOM,
@@ -136,8 +137,7 @@ def move(
     log_likelihood: LogDensity,
 ) -> tuple[Particle, Array, Array]:
     """Chains from the ``parents`` among the particles at one temperature, weighted for the next; the increment of log Z."""
-    from blackjax.smc import tempered  # here, as it takes long to read and not every process needs it
-    from blackjax.smc.waste_free import waste_free_smc
+    tempered, waste_free = library("blackjax.smc.tempered"), library("blackjax.smc.waste_free")
 
     def particle(z: Array) -> Particle:
         likelihood = call(log_likelihood, z, data)
@@ -164,7 +164,7 @@ def move(
         metropolis,
         lambda position, density: _ChainState(position, density(position), jnp.asarray(0)),
         lambda key, weights, count: parents,
-        waste_free_smc(len(weights), noise.shape[1] + 1),
+        waste_free.waste_free_smc(len(weights), noise.shape[1] + 1),
     )
     state = tempered.TemperedSMCState(particles, weights, before)
     state, info = kernel(jax.random.key(0), state, None, after, {"noise": noise})
