@@ -79,6 +79,7 @@ class Problem:
         evidence: log evidence by tempered Monte Carlo.
         particles: points of ``target`` close to the posterior, ``[particle, slot]``, of equal weight.
         prior_sites: named values at draws from the prior, ``[1, draw, ...]``.
+        extent: of the table near the posterior, ``near`` or ``fine``.
     """
 
     law: Law
@@ -91,6 +92,7 @@ class Problem:
     evidence: Evidence
     particles: Float[np.ndarray, "particle slot"]
     prior_sites: dict[str, np.ndarray] = field(default_factory=dict)
+    extent: str = "near"
 
     def weighted(self, weight: Float[np.ndarray, " condition"]) -> Observations:
         """What was seen as the target takes it, with other weights of the conditions."""
@@ -199,7 +201,7 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
         return problem
     z = target.to_model(points)
     low, high = z.min(axis=0), z.max(axis=0)
-    table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, "near")
+    table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, problem.extent)
     if table is None:
         return problem
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))

@@ -58,7 +58,7 @@ PRIOR_DRAWS = 1000
 PRIOR, SAMPLING, RESIDUALS = 3, 4, 5  #: streams of random numbers
 ATTEMPTS = 6
 PATIENCE = 3  #: attempts by trajectories of one length before NUTS takes over
-TABLES = 2  #: that are made anew before the law itself takes the place of one that stays off
+TABLES = 2  #: finer ones that are made before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
 ROUGHLY = 1.1  #: R-hat up to which chains are in the same place
 POOLINGS = ("complete", "partial")
@@ -255,15 +255,15 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
     smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table that is off at the draws is made
-    anew around them, from the integrals themselves where the splines that ship are not accurate enough there; where that does not help,
-    the law itself is sampled (a program of its own).
+    anew around them and finer, from the integrals themselves where the splines that ship are not accurate enough there; where that does
+    not help, the law itself is sampled (a program of its own).
     Rates that are off to the end make the fit untrustworthy.
     """
     everything = np.ones(problem.observed.escapes.shape[0])
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
     again = partial(run_chains, draws=draws, warmup=warmup, chains=chains)
     sound: list[Draws] = []
-    refusal = 1 - ACCEPTANCE
+    refusal, finer = 1 - ACCEPTANCE, 0
     for attempt in range(ATTEMPTS):
         run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=attempt >= PATIENCE)
         energy = run.energy
@@ -282,9 +282,10 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         if not convergence.rhat_max < ROUGHLY:  # chains that stand still say nothing of where the posterior is
             points = problem.particles
         if off:
-            sound = []
+            sound, finer = [], finer + 1
             problem = with_integrals(problem) if of_spline > TABLE_TOLERANCE else problem
-        if off and attempt >= TABLES and problem.target.inputs.surrogate is not None:
+            problem = replace(problem, extent="fine")
+        if finer > TABLES and problem.target.inputs.surrogate is not None:
             problem = without_table(problem, points)
         else:  # the chains of the next attempt start from these draws
             problem = replace(focus(problem, points) if off or hindered else problem, particles=points)

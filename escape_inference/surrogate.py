@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 SLOTS = 3  #: parameters that a table can have; the slots that a law does not use stay idle
-#: Chebyshev nodes a parameter, by the number of parameters.
-NODES = {"near": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
+#: Chebyshev nodes a parameter, by the number of parameters; "fine" is for a posterior whose rates a "near" table does not follow.
+NODES = {"near": {1: 28, 2: 26, 3: 14}, "fine": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
 DEGREES = {extent: max(nodes.values()) for extent, nodes in NODES.items()}
-RANK = {"near": 6, "wide": 8}  #: polynomials of each parameter
-LOADINGS = {"near": 16, "wide": 24}  #: sums of products of them that the conditions share
+RANK = {"near": 6, "fine": 10, "wide": 8}  #: polynomials of each parameter
+LOADINGS = {"near": 16, "fine": 32, "wide": 24}  #: sums of products of them that the conditions share
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +93,7 @@ def _basis(place: Float[Array, " slot"], polynomials: Array) -> Float[Array, "sl
 
 
 def chebyshev_points(dimension: int, extent: str) -> Float[np.ndarray, "point dimension"]:
-    """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest, for a "near" or a "wide" table."""
+    """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest, for a table of this extent."""
     count = NODES[extent][dimension]
     nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     return np.stack(np.meshgrid(*[nodes] * dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
