@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from escape_inference import inference
-from escape_inference.exploration import focus, spline_error
+from escape_inference.exploration import focus, spline_error, table_error
 from escape_inference.law import Law, Parameter, Setting, load_law
 from escape_inference.passage_table import (
     LOG_DIMENSIONS,
@@ -23,6 +23,7 @@ from escape_inference.passage_table import (
 )
 from escape_inference.precision import float64
 from escape_inference.sde import simulate_sde
+from escape_inference.surrogate import LOADINGS
 from escape_inference.worlds import World, make_design
 
 
@@ -160,3 +161,34 @@ def test_a_law_with_a_kink_is_sampled_itself_because_no_table_follows_it():
     bend = fit.sites["bend"]
     assert bend.min() < 0 < bend.max()
     assert np.allclose(fit.sites["log_rate"][..., 0], usual - 5 * np.abs(bend) + fit.sites["log_prefactor"], atol=1e-9)
+
+
+@float64
+def test_where_a_table_of_few_polynomials_does_not_follow_a_law_a_finer_one_does():
+    world = World(noise="loss", dimension=2, barrier="threshold")
+    table = simulate_sde(world, make_design(world, minima=4, learning_rates=3, runs=60, seed=1), seed=1)
+    prepared = inference.prepare(table)
+    frame = prepared.conditions.frame
+    usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+
+    def log_rate(values, setting):
+        steepness = jnp.log(setting.diffusion_scale / 0.02) + setting.log_barrier
+        return usual - jnp.logaddexp(0.0, values["one"] + steepness * values["other"])
+
+    law = Law(
+        name="bent",
+        title="rates that turn a corner, each in another direction",
+        source="made for this test",
+        parameters=tuple(Parameter(name, 0.0, 1.0, "of order one", positive=False) for name in ("one", "other")),
+        temperature=lambda values, setting: setting.diffusion_scale,
+        log_rate=log_rate,
+    )
+    problem = inference.build_problem(law, prepared, draws=500, warmup=300)
+    near = table_error(problem, problem.particles)
+    fit = inference.fit_law(problem, seed=0, draws=500, warmup=300, chains=4)
+    fine = table_error(fit.problem, fit.draws.z.reshape(-1, fit.draws.z.shape[-1]))
+    assert problem.extent == "near"
+    assert fit.problem.extent == "fine"
+    assert fit.problem.target.inputs.surrogate.core.shape[0] == LOADINGS["fine"]
+    assert fine < inference.TABLE_TOLERANCE < near
+    assert fit.convergence.trustworthy

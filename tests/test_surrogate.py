@@ -23,9 +23,9 @@ def log_rates(values, dimension):
     return -potential / (scale * heat) + n / 2 * jnp.log(ratio) - jnp.log1p(scale * n * heat * q**2)
 
 
-@pytest.mark.parametrize("dimension", [1, 2, 3])
+@pytest.mark.parametrize(("dimension", "extent"), [(1, "near"), (2, "near"), (3, "near"), (2, "fine"), (3, "fine")])
 @float64
-def test_a_table_gives_the_values_and_slopes_of_its_function(dimension):
+def test_a_table_gives_the_values_and_slopes_of_its_function(dimension, extent):
     center, reach = CENTER[:dimension], REACH[:dimension]
     names, positive = NAMES[:dimension], POSITIVE[:dimension]
 
@@ -33,8 +33,8 @@ def test_a_table_gives_the_values_and_slopes_of_its_function(dimension):
         raw = center + reach * place
         return log_rates({k: jnp.exp(x) if p else x for k, x, p in zip(names, raw, positive, strict=True)}, dimension)
 
-    points = chebyshev_points(dimension, "near")
-    table = tabulate(np.asarray(jax.vmap(exact)(points)), center, reach, names, positive, "near")
+    points = chebyshev_points(dimension, extent)
+    table = tabulate(np.asarray(jax.vmap(exact)(points)), center, reach, names, positive, extent)
 
     def tabulated(place):
         raw = center + reach * place
