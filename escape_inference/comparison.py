@@ -49,7 +49,7 @@ from escape_inference.savage_dickey import point_bayes_factor
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
 from escape_inference.trends import residual_trends
 from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, decide
-from escape_inference.workers import Worker, Workers, processors
+from escape_inference.workers import Worker, Workers, on_processors, processors
 
 Progress = Callable[[str], None]
 Keep = Callable[[str, xr.DataTree], None]
@@ -252,10 +252,10 @@ def _study_there(
 
     def again(name: str) -> tuple[LeaveOneOut, Evidence]:
         if name not in exact:
-            exact[name] = owner[name].ask(_without_discrepancy, name, say=say)
+            exact[name] = owner[name].ask(_without_discrepancy, name, processors(), say=say)
         return exact[name]
 
-    found = {law.name: one for law, one in zip(order, side_by_side(study, order, len(workers)), strict=True)}
+    found = {law.name: one for law, one in zip(order, side_by_side(study, order, len(laws)), strict=True)}
     return {law.name: found[law.name] for law in laws}, again
 
 
@@ -274,8 +274,9 @@ def _study(
 
 
 @float64
-def _without_discrepancy(name: str, say: Progress) -> tuple[LeaveOneOut, Evidence]:
-    return _STUDIED[name].without_discrepancy()
+def _without_discrepancy(name: str, share: list[int], say: Progress) -> tuple[LeaveOneOut, Evidence]:
+    with on_processors(share):  # others have less to do by now
+        return _STUDIED[name].without_discrepancy()
 
 
 class Stages:

@@ -9,9 +9,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
@@ -37,6 +37,17 @@ LIBRARIES = (
 def processors() -> list[int]:
     """The processors that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def on_processors(share: list[int]) -> Iterator[None]:
+    """Let this thread, and those that it starts, run on these processors for a while."""
+    before = processors()
+    _settle(share)
+    try:
+        yield
+    finally:
+        _settle(before)
 
 
 def _context() -> BaseContext:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def where(say):
     return os.sched_getaffinity(0)
 
 
+def where_for_a_while(share, say):
+    with ThreadPoolExecutor(1) as pool, workers.on_processors(share):
+        return pool.submit(os.sched_getaffinity, 0).result()
+
+
 @pytest.fixture
 def worker():
     worker = workers.Worker(workers.processors()[:1], "escape_inference.errors")
@@ -65,6 +71,8 @@ def test_a_worker_that_ended_is_told_of(worker):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processors to choose here")
 def test_a_worker_stays_on_its_processor(worker):
+    assert worker.ask(where, say=print) == set(workers.processors()[:1])
+    assert worker.ask(where_for_a_while, workers.processors(), say=print) == set(workers.processors())
     assert worker.ask(where, say=print) == set(workers.processors()[:1])
 
 
