@@ -121,11 +121,22 @@ def test_a_law_is_asked_which_noise_exponent_it_uses():
     assert tables_for(load_law("constant_rate"), [(setting, 0.0)]) == {}
 
 
+def measured(minima, runs):
+    """Escapes over thresholds at three learning rates, ready for a fit."""
+    world = World(noise="loss", dimension=2, barrier="threshold")
+    return inference.prepare(
+        simulate_sde(world, make_design(world, minima=minima, learning_rates=3, runs=runs, seed=1), seed=1)
+    )
+
+
+def usual_log_rate(prepared):
+    frame = prepared.conditions.frame
+    return float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+
+
 @float64
 def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
-    world = World(noise="loss", dimension=2, barrier="threshold")
-    table = simulate_sde(world, make_design(world, minima=4, learning_rates=3, runs=20, seed=1), seed=1)
-    prepared = inference.prepare(table)
+    prepared = measured(minima=4, runs=20)
     problem = inference.build_problem(load_law("power_law"), prepared, draws=500, warmup=300)
     assert 0 < spline_error(problem, problem.particles) < inference.TABLE_TOLERANCE
     blurred = {start: spline.coarser().coarser() for start, spline in problem.inputs.passage.items()}
@@ -141,11 +152,8 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
 
 @float64
 def test_a_law_with_a_kink_is_sampled_itself_because_no_table_follows_it():
-    world = World(noise="loss", dimension=2, barrier="threshold")
-    table = simulate_sde(world, make_design(world, minima=2, learning_rates=3, runs=20, seed=1), seed=1)
-    prepared = inference.prepare(table)
-    frame = prepared.conditions.frame
-    usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+    prepared = measured(minima=2, runs=20)
+    usual = usual_log_rate(prepared)
     law = Law(
         name="kinked",
         title="a rate with a corner",
@@ -165,11 +173,8 @@ def test_a_law_with_a_kink_is_sampled_itself_because_no_table_follows_it():
 
 @float64
 def test_where_a_table_of_few_polynomials_does_not_follow_a_law_a_finer_one_does():
-    world = World(noise="loss", dimension=2, barrier="threshold")
-    table = simulate_sde(world, make_design(world, minima=4, learning_rates=3, runs=60, seed=1), seed=1)
-    prepared = inference.prepare(table)
-    frame = prepared.conditions.frame
-    usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+    prepared = measured(minima=4, runs=60)
+    usual = usual_log_rate(prepared)
 
     def log_rate(values, setting):
         steepness = jnp.log(setting.diffusion_scale / 0.02) + setting.log_barrier
