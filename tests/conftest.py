@@ -1,5 +1,7 @@
 """All processes of one test run keep their compiled programs in one folder, which is removed when the run ends.
 
+Programs are compiled quickly rather than for speed: most of them run once, and compiling them would be half of the run.
+
 Each of several test processes, and the commands that it starts, stay on a processor of their own, where there are as many: JAX
 hands small pieces of work between threads, and tests side by side would spend half of their time on that.
 """
@@ -11,6 +13,11 @@ import tempfile
 import pytest
 
 FOLDER, SHORTEST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+QUICKLY = (
+    "--xla_backend_optimization_level=1",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)  #: of XLA, unless the environment has other wishes
 MADE = pytest.StashKey[str]()
 
 
@@ -19,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER not in os.environ:
         config.stash[MADE] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="compiled-")
         os.environ[SHORTEST] = "0.3"
+        os.environ["XLA_FLAGS"] = " ".join([*QUICKLY, os.environ.get("XLA_FLAGS", "")])
     worker, count = (os.environ.get(f"PYTEST_XDIST_{name}", "") for name in ("WORKER", "WORKER_COUNT"))
     if worker and hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
