@@ -35,7 +35,7 @@ QUICK = {
     "levels = 24": "levels = 12",
     "steps_per_level = 300": "steps_per_level = 100",
     "runs = 8": "runs = 4",
-    "temperature = [0.03, 0.045]": "temperature = [0.045]",
+    "temperature = [0.03, 0.045]\nbatch_size = 8\nthreshold = [2.0, 3.0]": "temperature = [0.045]\nbatch_size = 8\nthreshold = [3.0]",
     "replicas = 16\nsteps = 800\nburn_in = [150, 600]": "replicas = 8\nsteps = 250\nburn_in = [40, 120]",
 }
 RAMP_LAWS = ("power_law", "arrhenius", "arrhenius_anisotropic", "constant_rate")

@@ -19,7 +19,7 @@ def calibrate_laws():
 
 @pytest.fixture(scope="module")
 def found(calibrate_laws):
-    found = calibrate_laws.ranks("constant_rate", "saddle", tables=40, jobs=1)
+    found = calibrate_laws.ranks("constant_rate", "saddle", tables=30, jobs=1)
     assert found.pop("trustworthy").mean() > 0.9
     return found
 
