@@ -99,8 +99,8 @@ def check_law(
 
     >>> from escape_inference.law import load_law
     >>> import dataclasses
-    >>> power = load_law("power_law")
-    >>> forgot = dataclasses.replace(power, log_rate=lambda v, s: power.log_rate(v, s) - jnp.log(s.hessian_minimum))
+    >>> law = load_law("constant_rate")
+    >>> forgot = dataclasses.replace(law, log_rate=lambda v, s: law.log_rate(v, s) - jnp.log(s.hessian_minimum))
     >>> [finding.rule for finding in check_law(forgot, fits=False).failures]
     ['unit of time']
     """
