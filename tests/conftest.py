@@ -39,3 +39,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if (made := config.stash.get(MADE, None)) is not None:
         shutil.rmtree(made, ignore_errors=True)
         del os.environ[FOLDER], os.environ[SHORTEST]
+        os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removeprefix(" ".join(QUICKLY)).strip()
