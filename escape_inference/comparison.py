@@ -1,12 +1,14 @@
 """Compare laws on one table: leave-one-condition-out, evidence, and a verdict that is withheld when it should be."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock
 from typing import Any
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -49,7 +51,7 @@ from escape_inference.savage_dickey import point_bayes_factor
 from escape_inference.summary import jsonable, law_sentence, parameter_summary
 from escape_inference.trends import residual_trends
 from escape_inference.verdict import NO_DISCREPANCY, WIDTHS, Candidate, Pair, decide
-from escape_inference.workers import Worker, Workers, on_processors, processors
+from escape_inference.workers import Desk, Workers, on_processors, processors
 
 Progress = Callable[[str], None]
 Keep = Callable[[str, xr.DataTree], None]
@@ -76,52 +78,6 @@ class Findings:
     def evidence_agrees(self) -> bool:
         """Whether bridge sampling and tempered SMC agree; if not, Bayes factors with this law are withheld."""
         return agree(self.evidence[1.0], self.smc)
-
-
-@dataclass
-class LawResult:
-    """Everything that is known of one law on these data; ``loo`` and ``samples`` by prior width (0: without a discrepancy)."""
-
-    fit: Fit
-    loo: dict[float, LeaveOneOut]
-    samples: dict[float, Sample]
-    redraw: dict[str, int]
-    tree: xr.DataTree
-    says: dict[str, Any]
-
-    @property
-    def findings(self) -> Findings:
-        """What is told of it."""
-        discrepancy, fit = self.fit.sites["discrepancy"], self.fit
-        low, high = np.quantile(discrepancy, [0.05, 0.95])
-        return Findings(
-            convergence=fit.convergence,
-            parameters=parameter_summary(fit),
-            discrepancy={"mean": float(discrepancy.mean()), "q05": float(low), "q95": float(high)},
-            loo=dict(self.loo),
-            evidence={width: sample.evidence for width, sample in self.samples.items()},
-            smc=fit.problem.evidence,
-            tree=self.tree,
-            says=self.says,
-        )
-
-    def without_discrepancy(self) -> tuple[LeaveOneOut, Evidence]:
-        """Exact leave-one-out scores and evidence with next to no discrepancy."""
-        key = NO_DISCREPANCY
-        self.samples[key] = with_prior(self.samples[1.0], VARIANTS[key], **self.redraw)
-        self.loo[key] = leave_one_out(self.samples[key].log_likelihood[None], self.samples[key].log_weight)
-        self.leave_out(key)
-        return self.loo[key], self.samples[key].evidence
-
-    def leave_out(self, width: float) -> None:
-        """Really leave out the conditions whose scores importance sampling cannot give."""
-        sample, loo = self.samples[width], self.loo[width]
-        if np.ptp(self.fit.draws.z, axis=1).max() == 0:
-            return  # chains that stand still would stand still again
-        wanted = [int(i) for i in needs_refit(loo, len(sample.z)) if not loo.refitted[i]]
-        refits = side_by_side(lambda i: without_condition(sample, i, **self.redraw), wanted, len(processors()))
-        exact = {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
-        self.loo[width] = with_refits(loo, exact)
 
 
 @dataclass(frozen=True)
@@ -194,11 +150,10 @@ def compare(
     if not (len(frame) and frame["escapes"].sum() and prepared.check.grade != "not_escape"):
         return _assemble(prepared, chosen, {}, None)
     given = [law.name for law in chosen] if laws is None else [one for one in laws if not isinstance(one, Law)]
-    if workers is not None and workers.all and len(given) == len(chosen):
-        found, again = _study_there(workers.all, chosen, given, prepared, settings, say, keep)
-    else:
-        found, again = _study_here(chosen, prepared, settings, say, keep)
-    return _assemble(prepared, chosen, found, again)
+    if workers is None or not workers.all or len(given) < len(chosen):
+        return _assemble(prepared, chosen, *_study_here(chosen, prepared, settings, say, keep))
+    with Desk(workers.all) as desk:
+        return _assemble(prepared, chosen, *_study_there(desk, chosen, given, prepared, settings, say, keep))
 
 
 def _study_here(
@@ -207,18 +162,19 @@ def _study_here(
     """Findings of every law, studied by threads, and what finds their scores without a discrepancy."""
     stages = Stages(say, settings)
 
-    def study(law: Law) -> LawResult:
-        result = stages.study(law, prepared)
-        keep(law.name, result.tree)
-        return result
+    def study(law: Law) -> tuple[Findings, Sample]:
+        findings, sample = stages.study(law, prepared)
+        keep(law.name, findings.tree)
+        return findings, sample
 
-    results = side_by_side(study, laws, len(processors()))
-    known = {law.name: result for law, result in zip(laws, results, strict=True)}
-    return {name: result.findings for name, result in known.items()}, lambda name: known[name].without_discrepancy()
+    names = [law.name for law in laws]
+    known = dict(zip(names, side_by_side(study, laws, len(processors())), strict=True))
+    again = float64(lambda name: _without_discrepancy(known[name][1], settings))
+    return {name: findings for name, (findings, _) in known.items()}, again
 
 
 def _study_there(
-    workers: Sequence[Worker],
+    desk: Desk,
     laws: Sequence[Law],
     given: Sequence["str | Path"],
     prepared: Prepared,
@@ -226,57 +182,71 @@ def _study_there(
     say: Progress,
     keep: Keep,
 ) -> tuple[dict[str, Findings], Again]:
-    """The same by processes, each of which keeps the laws that it studied; laws of many parameters first."""
-    free: SimpleQueue[Worker] = SimpleQueue()
-    for worker in workers:
-        free.put(worker)
-    owner: dict[str, Worker] = {}
-    exact: dict[str, tuple[LeaveOneOut, Evidence]] = {}
+    """The same by processes, laws of many parameters first; when none is left to begin with, what a verdict needs of the others."""
+    where = {law.name: one for law, one in zip(laws, given, strict=True)}
     programs = {name: jax.config.values[name] for name in COMPILED}
-    order = sorted(laws, key=lambda law: -len(law.parameters))
-    studied: set[str] = set()
+    order = [law.name for law in sorted(laws, key=lambda law: -len(law.parameters))]
+    occasion = uuid4().hex
+    studies = {
+        name: desk.submit(0, _study_at_worker, where[name], occasion, prepared, settings, programs, say=say)
+        for name in order
+    }
+    exact: dict[str, Future] = {}
 
-    def study(law: Law) -> Findings:
-        owner[law.name] = worker = free.get()
-        try:
-            findings = worker.ask(_study, given[laws.index(law)], prepared, settings, programs, say=say)
-        finally:
-            free.put(worker)
-        keep(law.name, findings.tree)
-        studied.add(law.name)
-        if len(owner) == len(laws):  # no law is left to begin with: what a verdict needs is computed while others work
-            for name in [name for name in studied if owner[name] is worker]:
-                if len(studied) < len(laws):
-                    again(name)
+    def finish(name: str) -> Findings:
+        findings, sample = studies[name].result()
+        exact[name] = desk.submit(1, _again_at_worker, where[name], occasion, sample, settings, processors(), say=say)
+        keep(name, findings.tree)
         return findings
 
-    def again(name: str) -> tuple[LeaveOneOut, Evidence]:
-        if name not in exact:
-            exact[name] = owner[name].ask(_without_discrepancy, name, processors(), say=say)
-        return exact[name]
-
-    found = {law.name: one for law, one in zip(order, side_by_side(study, order, len(laws)), strict=True)}
-    return {law.name: found[law.name] for law in laws}, again
-
-
-_STUDIED: dict[str, LawResult] = {}  #: the laws that a worker has studied
+    found = dict(zip(where, side_by_side(finish, where, len(laws)), strict=True))
+    return found, lambda name: exact[name].result()
 
 
 @float64
-def _study(
-    law: "str | Path", prepared: Prepared, settings: Settings, programs: dict[str, Any], say: Progress
-) -> Findings:
+def _study_at_worker(
+    law: "str | Path", occasion: str, prepared: Prepared, settings: Settings, programs: dict[str, Any], say: Progress
+) -> tuple[Findings, Sample]:
     for name, value in programs.items():
         jax.config.update(name, value)
-    (loaded,) = load_laws([law])
-    result = _STUDIED[loaded.name] = Stages(say, settings).study(loaded, prepared)
-    return result.findings
+    findings, sample = Stages(say, settings).study(_loaded(law, occasion), prepared)
+    return findings, sample.without_law()
 
 
 @float64
-def _without_discrepancy(name: str, share: list[int], say: Progress) -> tuple[LeaveOneOut, Evidence]:
+def _again_at_worker(
+    law: "str | Path", occasion: str, sample: Sample, settings: Settings, share: list[int], say: Progress
+) -> tuple[LeaveOneOut, Evidence]:
     with on_processors(share):  # others have less to do by now
-        return _STUDIED[name].without_discrepancy()
+        return _without_discrepancy(sample.with_law(_loaded(law, occasion)), settings)
+
+
+@lru_cache
+def _loaded(law: "str | Path", occasion: str) -> Law:
+    """The law, read once by each process for one comparison, as its programs belong to the object."""
+    return load_laws([law])[0]
+
+
+def _without_discrepancy(sample: Sample, settings: Settings) -> tuple[LeaveOneOut, Evidence]:
+    """Exact leave-one-out scores and evidence with next to no discrepancy."""
+    found = with_prior(sample, VARIANTS[NO_DISCREPANCY], **_redraw_settings(settings))
+    return _exact_scores(found, settings), found.evidence
+
+
+def _exact_scores(sample: Sample, settings: Settings) -> LeaveOneOut:
+    """Leave-one-out by importance sampling; conditions for which that cannot be trusted are really left out."""
+    loo, again = leave_one_out(sample.log_likelihood[None], sample.log_weight), _redraw_settings(settings)
+    if len(np.unique(sample.z[:, 0])) <= settings["chains"]:
+        return loo  # chains that stand still would stand still again
+    wanted = [int(i) for i in needs_refit(loo, len(sample.z))]
+    refits = side_by_side(lambda i: without_condition(sample, i, **again), wanted, len(processors()))
+    return with_refits(
+        loo, {i: (one.log_likelihood[:, i], one.log_weight) for i, one in zip(wanted, refits, strict=True)}
+    )
+
+
+def _redraw_settings(settings: Settings) -> dict[str, int]:
+    return {name: settings[name] for name in ("seed", "warmup", "chains")}
 
 
 class Stages:
@@ -287,7 +257,7 @@ class Stages:
         self.locks = {name: Lock() for name in ("explore", "sample", "vary", "write")}
 
     @float64
-    def study(self, law: Law, prepared: Prepared) -> LawResult:
+    def study(self, law: Law, prepared: Prepared) -> tuple[Findings, Sample]:
         """Posterior, evidence by two methods, leave-one-out; the last two at three prior widths."""
         seed, draws, warmup, chains = (self.settings[name] for name in ("seed", "draws", "warmup", "chains"))
         with self.locks["explore"]:
@@ -301,17 +271,25 @@ class Stages:
             says = _says(fit, tree, seed)
         with self.locks["vary"]:
             self.say(f"{law.name}: evidence, prior widths, left-out conditions")
-            first = first_sample(fit, seed)
+            first, redraw = first_sample(fit, seed), _redraw_settings(self.settings)
             says["point_bayes_factors"] = _points(first)
-            redraw = {"seed": seed, "warmup": warmup, "chains": chains}
             others = {key: VARIANTS[key] for key in WIDTHS if key != 1.0}
             found = side_by_side(lambda widths: with_prior(first, widths, **redraw), others.values(), len(processors()))
             samples = {1.0: first} | dict(zip(others, found, strict=True))
-            loo = {key: leave_one_out(one.log_likelihood[None], one.log_weight) for key, one in samples.items()}
-            result = LawResult(fit, loo, samples, redraw, tree, says)
-            for width in WIDTHS:
-                result.leave_out(width)
-        return result
+            loo = {width: _exact_scores(samples[width], self.settings) for width in WIDTHS}
+        discrepancy = fit.sites["discrepancy"]
+        low, high = np.quantile(discrepancy, [0.05, 0.95])
+        findings = Findings(
+            convergence=fit.convergence,
+            parameters=parameter_summary(fit),
+            discrepancy={"mean": float(discrepancy.mean()), "q05": float(low), "q95": float(high)},
+            loo=loo,
+            evidence={width: sample.evidence for width, sample in samples.items()},
+            smc=fit.problem.evidence,
+            tree=tree,
+            says=says,
+        )
+        return findings, first
 
 
 def _says(fit: Fit, tree: xr.DataTree, seed: int) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def smoothed(log_ratio: Float[np.ndarray, " draw"]) -> tuple[Float[np.ndarray, "
     array_stats = library("arviz_stats.base").array_stats
 
     try:
-        weights, k = array_stats.psislw(-log_ratio)  # it takes log-likelihoods and turns their sign itself
+        with np.errstate(divide="ignore", invalid="ignore"):  # ties among the largest
+            weights, k = array_stats.psislw(-log_ratio)  # it takes log-likelihoods and turns their sign itself
     except ValueError:  # draws of chains that stood still
         return log_ratio - logsumexp(log_ratio), float("inf")
     return weights, float(k)

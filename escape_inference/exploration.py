@@ -98,6 +98,20 @@ class Problem:
         """What was seen as the target takes it, with other weights of the conditions."""
         return seen_by(self.target, replace(self.observed, weight=np.asarray(weight, float)))
 
+    def without_law(self) -> "Problem":
+        """The numbers alone, as NumPy arrays, without functions that another process would not find."""
+        nothing: Any = None
+        inputs: dict[str, Any] = {name: getattr(self, name) for name in ("inputs", "prior_inputs", "near_inputs")}
+        host = jax.tree.map(np.asarray, inputs | {"observed": self.observed, "target": self.target.inputs})
+        target = replace(self.target, law=nothing, inputs=host.pop("target"))
+        return replace(self, law=nothing, target=target, prior_sites={}, **host)
+
+    def with_law(self, law: Law) -> "Problem":
+        """The same with its law again."""
+        inputs, observed = jax.device_put((self.inputs, self.observed))
+        sampled = law if self.target.inputs.surrogate is None else SLOT_LAW
+        return replace(self, law=law, inputs=inputs, observed=observed, target=replace(self.target, law=sampled))
+
 
 def seen_by(target: Target, observed: Observations) -> Observations:
     """What was seen, with empty conditions of weight 0 at the end for as many as the target has."""

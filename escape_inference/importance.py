@@ -16,9 +16,9 @@ from scipy.special import logsumexp
 
 from escape_inference.bend import bent, fit_bend, unbent
 from escape_inference.cross_validation import smoothed
-from escape_inference.student import FREEDOM, LogDensity, Student, at_points, fit_student
+from escape_inference.student import BLOCK, FREEDOM, LogDensity, Student, at_points, fit_student
 
-ROUND = 1000  #: draws in each round but the last
+ROUND = BLOCK  #: draws in each round but the last
 ROUNDS = 20
 SHARE = 0.2  #: effective share of the draws to which weights are tempered
 SETTLED = 2  #: rounds with untempered weights before the last one

@@ -13,14 +13,16 @@ from scipy.special import logsumexp
 from escape_inference.cross_validation import pareto_limit, smoothed
 from escape_inference.evidence import Evidence, bridge_log_evidence
 from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, log_likelihood_at, place_in_table
-from escape_inference.importance import effective_share, importance_sample
-from escape_inference.inference import Fit, run_chains
+from escape_inference.importance import Weighted, effective_share, importance_sample
+from escape_inference.inference import ACCEPTANCE, Fit, run_chains
+from escape_inference.law import Law
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
 from escape_inference.student import at_points
 
 REFIT_DRAWS = 400  #: draws of each chain where Markov chains run again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
+MOST_MORE = 10  #: times as many draws as are wanted, where few of them carry weight
 ATTEMPTS = 3  #: times that the law's rates are tabulated anew where the draws went
 OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted
 
@@ -35,6 +37,14 @@ class Sample(NamedTuple):
     log_likelihood: Float[np.ndarray, "draw condition"]
     evidence: Evidence
     log_joint: Float[np.ndarray, " draw"] | None = None
+
+    def without_law(self) -> "Sample":
+        """The same for another process, which knows the law."""
+        return self._replace(problem=self.problem.without_law())
+
+    def with_law(self, law: Law) -> "Sample":
+        """The same with its law again."""
+        return self._replace(problem=self.problem.with_law(law))
 
 
 @float64
@@ -89,13 +99,15 @@ def _redraw(
             data = _data(problem, weight, widths)
             log_joint = densities(problem.target.law, problem.target.shapes)[0]
             found = importance_sample(log_joint, *start, data=data, draws=draws, seed=seed + attempt)
-            sound = found.pareto_k < limit and effective_share(found.log_weight) * draws >= LEAST_EFFECTIVE
             hopeless = attempt == ATTEMPTS - 1 or found.pareto_k == np.inf
             if hopeless or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
                 break
             start = found.z, found.log_weight
             problem = focus(problem, _resampled(*start, seed))
-        if sound:
+        if found.pareto_k < limit and (effective := _effective(found)) < LEAST_EFFECTIVE:
+            start, many = (found.z, found.log_weight), int(draws * min(1.5 * LEAST_EFFECTIVE / effective, MOST_MORE))
+            found = importance_sample(log_joint, *start, data=data, draws=many, seed=seed + ATTEMPTS)
+        if found.pareto_k < limit and _effective(found) >= LEAST_EFFECTIVE:
             evidence = Evidence(found.log_evidence, found.standard_error, "importance")
             return _sample(problem, widths, found.z, found.log_weight, evidence)
     elif smoothed(log_ratio)[1] < limit:
@@ -104,11 +116,22 @@ def _redraw(
         known = sample.evidence
         evidence = Evidence(known.log_evidence + shift, float(np.hypot(known.standard_error, error)), known.method)
         return _sample(problem, widths, sample.z, log_ratio, evidence)
-    run = run_chains(problem, weight, widths, seed=seed, warmup=warmup, chains=chains, count=max(draws // chains, 4))
+    few, count = len(problem.target.used) <= FEW_DIMENSIONS, max(draws // chains, 4)
+    for attempt in range(ATTEMPTS if few else 1):  # smaller steps after a divergence
+        again, acceptance = seed + attempt, 1 - (1 - ACCEPTANCE) / 3**attempt
+        run = run_chains(
+            *(problem, weight, widths), seed=again, warmup=warmup, chains=chains, count=count, acceptance=acceptance
+        )
+        if not run.diverging.any():
+            break
     log_joint = densities(problem.target.law, problem.target.shapes)[0]
     evidence = bridge_log_evidence(log_joint, run.z, data=_data(problem, weight, widths), seed=seed)
     flat = run.z.reshape(-1, run.z.shape[-1])
     return _sample(problem, widths, flat, np.zeros(len(flat)), evidence)
+
+
+def _effective(found: Weighted) -> float:
+    return effective_share(found.log_weight) * len(found.log_weight)
 
 
 def _data(problem: Problem, weight: np.ndarray, widths: PriorWidths) -> tuple:

@@ -9,13 +9,16 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import count
+from math import inf
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from queue import PriorityQueue
 from threading import Lock, Thread
 from types import TracebackType
 from typing import Any
@@ -112,6 +115,37 @@ class Worker:
         self._process.terminate()
         self._process.join()
         self._pipe.close()
+
+
+class Desk:
+    """Questions for several workers, answered in the order of their rank; those still waiting at the end of a ``with`` block are dropped."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._questions: PriorityQueue[tuple[float, int, Any]] = PriorityQueue()
+        self._number, self._count = count(), len(workers)
+        for worker in workers:
+            Thread(target=self._serve, args=(worker,), daemon=True).start()
+
+    def submit(self, rank: float, function: Callable[..., Any], *arguments: Any, say: Say) -> Future:
+        """The value of ``function(*arguments, say)`` at a worker that is free, as soon as no question of lower rank waits."""
+        answer: Future = Future()
+        self._questions.put((rank, next(self._number), (answer, function, arguments, say)))
+        return answer
+
+    def _serve(self, worker: Worker) -> None:
+        while (question := self._questions.get()[2]) is not None:
+            answer, function, arguments, say = question
+            try:
+                answer.set_result(worker.ask(function, *arguments, say=say))
+            except BaseException as error:
+                answer.set_exception(error)
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for _ in range(self._count):
+            self._questions.put((-inf, next(self._number), None))
 
 
 class Workers:
