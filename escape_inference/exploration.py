@@ -405,7 +405,7 @@ def table_error(
 
     Where settings are latent it is not known and counts as 0.
     """
-    return misplaced(_exact_minus_table(problem, points, widths)) if _can_be_compared(problem) else 0.0
+    return misplaced(exact_minus_table(problem, points, widths)) if _can_be_compared(problem) else 0.0
 
 
 def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
@@ -445,7 +445,7 @@ def _of_the_law_itself(problem: Problem) -> Evidence:
     evidence = problem.evidence
     if not _can_be_compared(problem):
         return evidence
-    log_ratio = _exact_minus_table(problem, problem.particles, PriorWidths())
+    log_ratio = exact_minus_table(problem, problem.particles, PriorWidths())
     shift = logsumexp(log_ratio) - np.log(CHECKED)
     error = float(np.std(np.exp(log_ratio - shift)) / np.sqrt(CHECKED / 2))
     return replace(
@@ -455,7 +455,7 @@ def _of_the_law_itself(problem: Problem) -> Evidence:
     )
 
 
-def _exact_minus_table(
+def exact_minus_table(
     problem: Problem, points: Float[np.ndarray, "point slot"], widths: PriorWidths
 ) -> Float[np.ndarray, " checked"]:
     """Log-likelihood by the law minus that by its table or spline, at as many of the points as are checked."""

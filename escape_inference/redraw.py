@@ -4,6 +4,7 @@ Where the law is a table of a few parameters the draws are made anew by adaptive
 with many latent settings they are weighted anew. Where the Pareto shape says that neither can be trusted, Markov chains run again.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,16 @@ from scipy.special import logsumexp
 
 from escape_inference.cross_validation import pareto_limit, smoothed
 from escape_inference.evidence import Evidence, bridge_log_evidence
-from escape_inference.exploration import FEW_DIMENSIONS, Problem, densities, focus, log_likelihood_at, place_in_table
+from escape_inference.exploration import (
+    FEW_DIMENSIONS,
+    Problem,
+    densities,
+    exact_minus_table,
+    focus,
+    log_likelihood_at,
+    misplaced,
+    place_in_table,
+)
 from escape_inference.importance import Weighted, effective_share, importance_sample
 from escape_inference.inference import ACCEPTANCE, Fit, run_chains
 from escape_inference.law import Law
@@ -23,8 +33,12 @@ from escape_inference.student import at_points
 REFIT_DRAWS = 400  #: draws of each chain where Markov chains run again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
 MOST_MORE = 10  #: times as many draws as are wanted, where few of them carry weight
-ATTEMPTS = 3  #: times that the law's rates are tabulated anew where the draws went
+ATTEMPTS = 4  #: for a table of the law's rates that is made anew where the draws went, and for Markov chains
 OUTSIDE = 1e-3  #: weight beyond the region where the law's rates are tabulated that is accepted
+MISPLACED, SHIFT = (
+    0.03,
+    0.02,
+)  #: by such a table: share of the posterior and error of the log evidence, both below those of the draws
 
 
 class Sample(NamedTuple):
@@ -92,25 +106,28 @@ def _redraw(
     warmup: int,
     chains: int,
 ) -> Sample:
-    problem, limit = sample.problem, pareto_limit(draws)
+    problem = sample.problem
     if len(problem.target.used) <= FEW_DIMENSIONS:
         start = sample.z, log_ratio
         for attempt in range(ATTEMPTS):
             data = _data(problem, weight, widths)
             log_joint = densities(problem.target.law, problem.target.shapes)[0]
             found = importance_sample(log_joint, *start, data=data, draws=draws, seed=seed + attempt)
-            hopeless = attempt == ATTEMPTS - 1 or found.pareto_k == np.inf
-            if hopeless or _share_outside(problem, found.z, found.log_weight) < OUTSIDE:
+            if attempt == ATTEMPTS - 1 or found.pareto_k == np.inf:
                 break
+            start, points = (found.z, found.log_weight), _resampled(found.z, found.log_weight, seed)
+            outside = _share_outside(problem, *start) >= OUTSIDE
+            if not outside and (problem is sample.problem or _table_is_good(problem, points, widths)):
+                break
+            problem = focus(problem if outside else replace(problem, extent="fine"), points)
+        if not _sound(found) and found.pareto_k < 1:
+            more = np.clip(1.5 * LEAST_EFFECTIVE / _effective(found), 2, MOST_MORE)
             start = found.z, found.log_weight
-            problem = focus(problem, _resampled(*start, seed))
-        if found.pareto_k < limit and (effective := _effective(found)) < LEAST_EFFECTIVE:
-            start, many = (found.z, found.log_weight), int(draws * min(1.5 * LEAST_EFFECTIVE / effective, MOST_MORE))
-            found = importance_sample(log_joint, *start, data=data, draws=many, seed=seed + ATTEMPTS)
-        if found.pareto_k < limit and _effective(found) >= LEAST_EFFECTIVE:
+            found = importance_sample(log_joint, *start, data=data, draws=int(more * draws), seed=seed + ATTEMPTS)
+        if _sound(found):
             evidence = Evidence(found.log_evidence, found.standard_error, "importance")
             return _sample(problem, widths, found.z, found.log_weight, evidence)
-    elif smoothed(log_ratio)[1] < limit:
+    elif smoothed(log_ratio)[1] < pareto_limit(len(log_ratio)):
         shift = logsumexp(log_ratio) - np.log(len(log_ratio))
         error = np.sqrt(max(1 / effective_share(log_ratio) - 1, 0.0) / len(log_ratio) * 4)
         known = sample.evidence
@@ -134,6 +151,11 @@ def _effective(found: Weighted) -> float:
     return effective_share(found.log_weight) * len(found.log_weight)
 
 
+def _sound(found: Weighted) -> bool:
+    """Whether the weights can be trusted, and enough draws carry one."""
+    return found.pareto_k < pareto_limit(len(found.log_weight)) and _effective(found) >= LEAST_EFFECTIVE
+
+
 def _data(problem: Problem, weight: np.ndarray, widths: PriorWidths) -> tuple:
     return problem.target.inputs, problem.weighted(weight), widths.as_arrays()
 
@@ -152,6 +174,13 @@ def _sample(problem: Problem, widths: PriorWidths, z: np.ndarray, log_weight: np
 def _resampled(z: np.ndarray, log_weight: np.ndarray, seed: int) -> np.ndarray:
     probability = np.exp(log_weight - logsumexp(log_weight))
     return z[np.random.default_rng(seed).choice(len(z), len(z), p=probability / probability.sum())]
+
+
+def _table_is_good(problem: Problem, points: np.ndarray, widths: PriorWidths) -> bool:
+    """Whether the law's rates are those of the table, as far as this posterior and its evidence are concerned."""
+    error = exact_minus_table(problem, points, widths)
+    shift = float(logsumexp(error) - np.log(len(error)))
+    return misplaced(error) <= MISPLACED and abs(shift) <= SHIFT
 
 
 def _share_outside(problem: Problem, z: np.ndarray, log_weight: np.ndarray) -> float:
