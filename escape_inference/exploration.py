@@ -44,6 +44,7 @@ MOST_RUNS = 12
 MOVES = 64
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the particles
+LEAST_REACH = 1e-6  #: of the near table where all points are one
 EDGE = 0.9  #: of the near table, from which points are said to come to it
 WIDE_SDS = 4.5  #: half the width of the wide table, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.002)), float(np.log(200.0)))
@@ -215,7 +216,7 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
         return problem
     z = target.to_model(points)
     low, high = z.min(axis=0), z.max(axis=0)
-    table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + 1e-6, problem.extent)
+    table = with_surrogate(problem, (low + high) / 2, NEAR_MARGIN * (high - low) + LEAST_REACH, problem.extent)
     if table is None:
         return problem
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
@@ -413,7 +414,7 @@ def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> f
     inputs = problem.inputs
     if not inputs.passage:
         return 0.0
-    coarse = replace(inputs, passage={start: table.coarser() for start, table in inputs.passage.items()})
+    coarse = replace(inputs, passage={start: table.coarser for start, table in inputs.passage.items()})
     model = problem.target.to_model(_spread_out(points))
     one, two = (_total(replace(problem, inputs=each), model, DEFAULT_WIDTHS) for each in (inputs, coarse))
     return misplaced((one - two) / RICHARDSON)
@@ -492,7 +493,10 @@ def with_surrogate(
         if p.name == "effective_dimension":
             low[i], high[i] = max(low[i], LOG_DIMENSIONS[0]), min(high[i], LOG_DIMENSIONS[1])
     middle, half_width = (low + high) / 2, (high - low) / 2
-    rates = _law_rates(problem, middle + half_width * chebyshev_points(count, extent))
+    place = chebyshev_points(count, extent)
+    place[:, reach[:count] <= LEAST_REACH] = 0.0  # a parameter that is held: one value of it
+    place, rows = np.unique(place, axis=0, return_inverse=True)
+    rates = _law_rates(problem, middle + half_width * place)[rows.ravel()]
     if not np.isfinite(rates).all():
         return None
     names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)

@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpy.polynomial import Chebyshev, Polynomial
+from numpy.polynomial.chebyshev import chebinterpolate
+from numpy.polynomial.polynomial import polyval
 from numpyro import distributions as dist
 from scipy.special import bernoulli, factorial
 
@@ -33,6 +36,9 @@ FINE_HAZARD = 0.01  #: below it the logarithm of an escape's probability is a sh
 SMALL_HAZARD = 0.5  #: below it, a longer one
 _K = 2 * np.arange(1, 8)
 _SERIES = bernoulli(14)[_K] / (_K * factorial(_K))  #: of ``log(sinh(y/2) / (y/2))`` in y²
+_SHORT = chebinterpolate(lambda x: polyval(SMALL_HAZARD**2 * (x + 1) / 2, _SERIES), 3)
+_SHORT = Chebyshev(_SHORT, [0.0, SMALL_HAZARD**2]).convert(kind=Polynomial).coef
+"""The same for small hazards in fewer terms, to 14 digits."""
 CENTRED = 1e-3  #: distance of the quadrature from the mode, in widths of the integrand, before the last Newton step
 
 
@@ -172,7 +178,7 @@ def _over_small_hazards(
     def excess(hazard: Array) -> Array:
         """``d log((1 − exp(−y)) / y) − y (looks − d)``."""
         square, series = hazard**2, jnp.zeros_like(hazard)
-        for coefficient in _SERIES[::-1]:
+        for coefficient in _SHORT[::-1]:
             series = (series + coefficient) * square
         return escapes * series - hazard * looks
 

@@ -9,7 +9,7 @@ and for higher thresholds the integrals are tabulated for the measurements at ha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ class PassageTable:
         rule = f"...{letters}," + ",".join(f"...{letter}" for letter in letters) + "->..."
         return jnp.einsum(rule, self.coefficients[tuple(index)], *weights)
 
+    @cached_property
     def coarser(self) -> "PassageTable":
         """The spline through every second node, constant beyond: its difference from this one, over :data:`RICHARDSON`, is about the error."""
         values = np.asarray(self.coefficients)

@@ -26,10 +26,8 @@ from typing import Any
 Say = Callable[[str], None]
 LIBRARIES = (
     "numpyro",
-    "optax",
     "arviz_stats",
     "xarray",
-    "netCDF4",
     "pandas",
     "scipy.stats",
     "escape_inference.comparison",

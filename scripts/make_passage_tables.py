@@ -51,7 +51,7 @@ def check(start: str, points: int) -> None:
         T, c, n = np.exp(grid[0]), 1 + np.exp(grid[1]), np.exp(grid[2])
         exponent = grid[3] if q is None else q
         table = build_passage_table(start, LOG_EXCESSES_WITH_EXPONENT, q)
-        rate, coarse = (np.asarray(one(T, c, n, exponent)) for one in (table, table.coarser()))
+        rate, coarse = (np.asarray(one(T, c, n, exponent)) for one in (table, table.coarser))
         error = np.abs(rate - np.asarray(STARTS[start](T, c, n, exponent)))
         wanted = (rate > -20) & (rate < 3) & np.isfinite(error)
         for label, chosen in (("n < 5", n < 5), ("n < 20", n < 20), ("all n", n > 0)):

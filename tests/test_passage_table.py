@@ -84,7 +84,7 @@ def test_slopes_of_the_splines_are_those_of_the_laws(start):
 def test_a_difference_from_the_coarser_spline_warns_where_the_spline_is_not_accurate():
     table = build_passage_table("minimum", LOG_EXCESSES, 1.0)
     T, c, n = _points(4000, 150.0)
-    exact, rate, coarse = (np.asarray(law(T, c, n, 1.0)) for law in (STARTS["minimum"], table, table.coarser()))
+    exact, rate, coarse = (np.asarray(law(T, c, n, 1.0)) for law in (STARTS["minimum"], table, table.coarser))
     wrong = (np.abs(rate - exact) > 1e-3) & (exact > -20) & (exact < 3)
     assert wrong.sum() > 20
     assert np.mean(np.abs(rate - coarse)[wrong] / RICHARDSON > 5e-4) > 0.95
@@ -139,7 +139,7 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
     prepared = measured(minima=4, runs=20)
     problem = inference.build_problem(load_law("power_law"), prepared, draws=500, warmup=300)
     assert 0 < spline_error(problem, problem.particles) < inference.TABLE_TOLERANCE
-    blurred = {start: spline.coarser().coarser() for start, spline in problem.inputs.passage.items()}
+    blurred = {start: spline.coarser.coarser for start, spline in problem.inputs.passage.items()}
     blurred = focus(dataclasses.replace(problem, inputs=dataclasses.replace(problem.inputs, passage=blurred)))
     assert spline_error(blurred, problem.particles) > inference.TABLE_TOLERANCE
     fits = [inference.fit_law(one, seed=0, draws=500, warmup=300, chains=4) for one in (problem, blurred)]
