@@ -239,10 +239,8 @@ def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) ->
     """The threshold laws as splines, so that neither tables nor samplers need integrate; perhaps only if all that are needed ship."""
     if "threshold" not in inputs.barriers:
         return inputs
-    spread = float(
-        np.max(np.hypot(*(np.max(inputs.measured[name].spread) for name in ("loss_minimum", "loss_barrier"))))
-    )
     plain = jax.tree.map(np.asarray, replace(inputs, surrogate=None, passage=None))
+    spread = float(np.hypot(*(plain.measured[name].spread.max() for name in ("loss_minimum", "loss_barrier"))))
     settings = [(setting, spread) for _, setting, _ in known_settings(plain)]
     tables = tables_for(law, settings, only_shipped)
     return replace(inputs, passage=tables) if tables else inputs
@@ -517,9 +515,9 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
             lambda *x: _rates_block(dict(zip(values, x, strict=True)), bare, log_rates=own), *values.values()
         )
     parts = []  # integrals: those of all points and conditions in blocks of their own
-    for part, setting, carried in known_settings(inputs):
+    columns = {name: jax.device_put(value[:, None]) for name, value in values.items()}
+    for part, setting, carried in known_settings(jax.tree.map(np.asarray, inputs)):
         shape = (len(z), part.stop - part.start)
-        columns = {name: jnp.asarray(value)[:, None] for name, value in values.items()}
         try:
             rates = jnp.broadcast_to(law.log_rate(columns | carried, setting), shape)
         except (TypeError, ValueError):  # a law that cannot take a column of values for each parameter

@@ -97,7 +97,8 @@ class PassageTable:
         for axis in range(values.ndim):
             values = convolve1d(values, np.array([1, 4, 1]) / 6, axis=axis, mode="mirror")
         every_second = values[(slice(PAD, -PAD, 2),) * values.ndim]
-        return _through(self.low + PAD * self.step, 2 * self.step, every_second, beyond=0.0)
+        low, step = np.asarray(self.low), np.asarray(self.step)
+        return _through(low + PAD * step, 2 * step, every_second, beyond=0.0)
 
 
 def build_passage_table(
@@ -168,7 +169,7 @@ def _through(low: Any, step: Any, values: np.ndarray, beyond: float = 1.0) -> Pa
     padded = np.pad(values, PAD, mode="reflect", reflect_type="odd")
     coefficients = spline_filter(padded, order=3, mode="mirror")
     with jax.enable_x64(True):
-        return PassageTable(*(jnp.asarray(x) for x in (low - PAD * step, step, coefficients, beyond)))
+        return PassageTable(*jax.device_put((low - PAD * step, step, coefficients, np.float64(beyond))))
 
 
 class _Recorder:
@@ -199,7 +200,7 @@ def tables_for(
         if setting.barrier != "threshold":
             continue
         recorder = _Recorder()
-        values = {p.name: jnp.ones(()) for p in law.parameters}
+        values = {p.name: np.ones(()) for p in law.parameters}
         jax.eval_shape(partial(_ask, law, replace(setting, passage=recorder)), values)
         if not recorder.exponents:
             continue
