@@ -120,6 +120,7 @@ class Desk:
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._questions: PriorityQueue[tuple[float, int, Any]] = PriorityQueue()
+        self._answers: list[Future] = []
         self._number, self._count = count(), len(workers)
         for worker in workers:
             Thread(target=self._serve, args=(worker,), daemon=True).start()
@@ -127,12 +128,15 @@ class Desk:
     def submit(self, rank: float, function: Callable[..., Any], *arguments: Any, say: Say) -> Future:
         """The value of ``function(*arguments, say)`` at a worker that is free, as soon as no question of lower rank waits."""
         answer: Future = Future()
+        self._answers.append(answer)
         self._questions.put((rank, next(self._number), (answer, function, arguments, say)))
         return answer
 
     def _serve(self, worker: Worker) -> None:
         while (question := self._questions.get()[2]) is not None:
             answer, function, arguments, say = question
+            if not answer.set_running_or_notify_cancel():
+                continue
             try:
                 answer.set_result(worker.ask(function, *arguments, say=say))
             except BaseException as error:
@@ -143,7 +147,9 @@ class Desk:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for _ in range(self._count):
-            self._questions.put((-inf, next(self._number), None))
+            self._questions.put((inf, next(self._number), None))
+        for answer in self._answers:
+            answer.cancel()  # whoever waits for it need not wait for ever
 
 
 class Workers:

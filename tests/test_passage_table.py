@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
-from escape_inference import inference
-from escape_inference.exploration import focus, spline_error, table_error
+from escape_inference import inference, redraw
+from escape_inference.exploration import exact_minus_table, focus, misplaced, spline_error, table_error
 from escape_inference.law import Law, Parameter, Setting, load_law
+from escape_inference.model import PriorWidths
 from escape_inference.passage_table import (
     LOG_DIMENSIONS,
     LOG_EXCESSES,
@@ -197,3 +199,13 @@ def test_where_a_table_of_few_polynomials_does_not_follow_a_law_a_finer_one_does
     assert fit.problem.target.inputs.surrogate.core.shape[0] == LOADINGS["fine"]
     assert fine < inference.TABLE_TOLERANCE < near
     assert fit.convergence.trustworthy
+
+    # the same for another prior, far from which the table of the posterior is of no use
+    first, widths = redraw.first_sample(fit, seed=0), PriorWidths(4.0, 1.0)
+    first = first._replace(problem=dataclasses.replace(first.problem, extent="near"))
+    wide = redraw.with_prior(first, widths, seed=0, warmup=300, chains=4)
+    chosen = np.random.default_rng(0).choice(len(wide.z), 500, p=np.exp(wide.log_weight - logsumexp(wide.log_weight)))
+    error = exact_minus_table(wide.problem, wide.z[chosen], widths)
+    assert wide.problem.extent == "fine"
+    assert misplaced(error) < 2 * redraw.MISPLACED
+    assert abs(logsumexp(error) - np.log(500)) < redraw.SHIFT

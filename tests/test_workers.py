@@ -69,6 +69,31 @@ def test_a_worker_that_ended_is_told_of(worker):
         worker.ask(end, say=print)
 
 
+def note(name, say):
+    time.sleep(0.2)
+    say(name)
+    return name
+
+
+def test_questions_of_lower_rank_come_first_and_those_left_over_are_dropped(worker):
+    said = []
+    with workers.Desk([worker]) as desk:
+        first = desk.submit(1, note, "begun at once", say=said.append)
+        while not worker._turn.locked():
+            time.sleep(0.01)
+        later = [desk.submit(1, note, "later", say=said.append), desk.submit(1, refuse, say=said.append)]
+        sooner = desk.submit(0, note, "sooner", say=said.append)
+        assert (first.result(), later[0].result(), sooner.result()) == ("begun at once", "later", "sooner")
+        with pytest.raises(InputError, match="row 3"):
+            later[1].result()
+        desk.submit(1, note, "last", say=said.append)
+        dropped = desk.submit(1, note, "dropped", say=said.append)
+    time.sleep(0.6)
+    assert said[:3] == ["begun at once", "sooner", "later"]
+    assert dropped.cancelled()
+    assert worker.ask(remember, 1, say=lambda text: None)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processors to choose here")
 def test_a_worker_stays_on_its_processor(worker):
     assert worker.ask(where, say=print) == set(workers.processors()[:1])
