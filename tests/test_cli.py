@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Timer
 from types import SimpleNamespace
 
 import pytest
@@ -92,12 +93,15 @@ def test_ctrl_c_stops_everything_with_one_line_and_writes_nothing(folder, after)
     before = sorted(folder.iterdir())
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
+        late = Timer(120, process.kill)
+        late.start()
         for line in process.stderr:
             if after in line:
                 time.sleep(0.3)
                 os.killpg(process.pid, signal.SIGINT)
                 break
         rest = process.stderr.read().splitlines()
+        late.cancel()
     assert process.returncode == 1
     assert rest[-1] == "escape-inference: stopped; nothing half-written is left"
     assert "Traceback" not in "".join(rest)
