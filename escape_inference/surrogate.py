@@ -23,7 +23,12 @@ SLOTS = 3  #: parameters that a table can have; the slots that a law does not us
 #: Chebyshev nodes a parameter, by the number of parameters; "fine" is for a posterior whose rates a "near" table does not follow.
 NODES = {"near": {1: 28, 2: 26, 3: 14}, "fine": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
 DEGREES = {extent: max(nodes.values()) for extent, nodes in NODES.items()}
-RANK = {"near": 6, "fine": 10, "wide": 8}  #: polynomials of each parameter
+_FEW, _MANY = (16, 16, 1), (10, 10, 10)
+RANKS = {  #: polynomials of each slot, by the number of parameters
+    "near": {1: (6, 6, 6), 2: (6, 6, 6), 3: (6, 6, 6)},
+    "fine": {1: _FEW, 2: _FEW, 3: _MANY},
+    "wide": {1: (8, 8, 8), 2: (8, 8, 8), 3: (8, 8, 8)},
+}
 LOADINGS = {"near": 16, "fine": 32, "wide": 24}  #: sums of products of them that the conditions share
 
 
@@ -43,7 +48,7 @@ class Surrogate:
     center: Float[Any, " slot"]
     half_width: Float[Any, " slot"]
     polynomials: Float[Any, "slot degree rank"]
-    core: Float[Any, "loading rank rank rank"]
+    core: Float[Any, "loading rank_a rank_b rank_c"]
     loadings: Float[Any, "condition loading"]
     names: tuple[str, ...] = field(metadata={"static": True})
     positive: tuple[bool, ...] = field(metadata={"static": True})
@@ -59,7 +64,7 @@ class Surrogate:
 
 @jax.custom_jvp
 def _log_rates(place: Float[Array, " slot"], polynomials: Array, core: Array, loadings: Array) -> Array:
-    a, b, c = _basis(place, polynomials)[..., 0]
+    a, b, c = (one[:rank] for one, rank in zip(_basis(place, polynomials)[..., 0], core.shape[1:], strict=True))
     return loadings @ (core @ c @ b @ a)
 
 
@@ -77,7 +82,7 @@ def _log_rates_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> t
 
 def _mix(weights: Float[Array, " rank"], parts: Float[Array, "rank *rest"]) -> Float[Array, "*rest"]:
     """A weighted sum, written out: for a single point, small products and reductions take several times as long."""
-    return sum((weights[k] * parts[k] for k in range(1, len(weights))), weights[0] * parts[0])
+    return sum((weights[k] * parts[k] for k in range(1, len(parts))), weights[0] * parts[0])
 
 
 def _basis(place: Float[Array, " slot"], polynomials: Array) -> Float[Array, "slot rank 2"]:
@@ -115,20 +120,20 @@ def tabulate(
     [-0.5]
     """
     dimension = len(center)
-    count, rank, most = NODES[extent][dimension], RANK[extent], LOADINGS[extent]
+    count, ranks, most = NODES[extent][dimension], RANKS[extent][dimension], LOADINGS[extent]
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
     core = rates.T.reshape(-1, *[count] * dimension)
-    polynomials = np.zeros((SLOTS, DEGREES[extent], rank))
+    polynomials = np.zeros((SLOTS, DEGREES[extent], max(ranks)))
     polynomials[:, 0, 0] = 1.0
-    for axis in range(1, dimension + 1):
+    for axis, rank in zip(range(1, dimension + 1), ranks, strict=False):
         basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, rank)
         polynomials[axis - 1, :count, : basis.shape[1]] = basis
     loadings, core = _leading(core, 0, most)
     idle = SLOTS - dimension
     core = core[(..., *[None] * idle)]
-    room = [(0, full - size) for full, size in zip((most, *[rank] * SLOTS), core.shape, strict=True)]
+    room = [(0, full - size) for full, size in zip((most, *ranks), core.shape, strict=True)]
     return Surrogate(
         center=np.pad(center, (0, idle)),
         half_width=np.pad(half_width, (0, idle), constant_values=1.0),

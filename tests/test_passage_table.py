@@ -74,7 +74,7 @@ def test_slopes_of_the_splines_are_those_of_the_laws(start):
     x = np.stack([T, c, n])[:, (exact > -15) & (exact < 3)]
 
     def slopes(law):
-        return jax.grad(lambda x: jnp.sum(law(x[0], x[1], x[2], jnp.ones_like(x[0]))))(jnp.asarray(x)) * x
+        return jax.jit(jax.grad(lambda x: jnp.sum(law(x[0], x[1], x[2], jnp.ones_like(x[0])))))(jnp.asarray(x)) * x
 
     table = build_passage_table(start, LOG_EXCESSES, 1.0)
     np.testing.assert_allclose(
