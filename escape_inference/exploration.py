@@ -32,7 +32,7 @@ from escape_inference.passage_table import RICHARDSON, tables_for
 from escape_inference.programs import Ahead
 from escape_inference.sampler import Shapes
 from escape_inference.student import at_points, normal_log_density
-from escape_inference.surrogate import SLOTS, Surrogate, chebyshev_points, tabulate
+from escape_inference.surrogate import LOADINGS, SLOTS, Surrogate, chebyshev_points, tabulate
 from escape_inference.tempering import Outcome, Sampler
 
 FEW_DIMENSIONS = 7
@@ -43,10 +43,8 @@ ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated un
 MOST_RUNS = 12
 MOVES = 64
 CHECKED = 500  #: points at which a table is compared with the law
-MARGIN = {
-    "near": 0.8,
-    "fine": 0.65,
-}  #: half the width of such a table, in units of the range of the points; a fine one is made around draws
+NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the points
+CLOSE_MARGIN = 0.65  #: the same of a fine one that is made anew, unless points came to its edge
 LEAST_REACH = 1e-6  #: of the near table where all points are one
 EDGE = 0.9  #: of the near table, from which points are said to come to it
 WIDE_SDS = 4.5  #: half the width of the wide table, in standard deviations of the prior
@@ -219,9 +217,9 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
         return problem
     z = target.to_model(points)
     low, high = z.min(axis=0), z.max(axis=0)
-    table = with_surrogate(
-        problem, (low + high) / 2, MARGIN[problem.extent] * (high - low) + LEAST_REACH, problem.extent
-    )
+    again = target.inputs.surrogate.core.shape[0] == LOADINGS["fine"] and not at_edge(problem, points)
+    margin = CLOSE_MARGIN if again else NEAR_MARGIN
+    table = with_surrogate(problem, (low + high) / 2, margin * (high - low) + LEAST_REACH, problem.extent)
     if table is None:
         return problem
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
