@@ -39,6 +39,7 @@ FEW_DIMENSIONS = 7
 SMALLEST_ROOM = 40  #: conditions in the smallest program; compiling another takes longer than computing with as many
 PARTICLES = 2000
 BLOCK = 512
+AT_ONCE = 32  #: points in one go of a program: what it computes of more would not stay near the processor
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
 MOST_RUNS = 12
 MOVES = 64
@@ -124,7 +125,7 @@ def _grown(observed: Observations, size: int) -> Observations:
     extra = size - np.shape(observed.escapes)[0]
     if not extra:
         return observed
-    empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1e-6, "weight": 0.0}
+    empty = {"escapes": 0.0, "looks": 1.0, "look_width": 1e-100, "weight": 0.0}
     grown = {name: np.pad(getattr(observed, name), (0, extra), constant_values=x) for name, x in empty.items()}
     return replace(observed, **grown)
 
@@ -363,7 +364,7 @@ def _sites_of(law: Law, shapes: Shapes) -> Callable[..., dict[str, Array]]:
 def _sites_block(
     z: Array, inputs: Inputs, observed: Observations, widths: PriorWidths, *, sites: Callable[..., dict[str, Array]]
 ) -> dict[str, Array]:
-    return jax.vmap(lambda point: sites(point, inputs, observed, widths))(z)
+    return jax.lax.map(lambda point: sites(point, inputs, observed, widths), z, batch_size=AT_ONCE)
 
 
 def _log_likelihoods(
@@ -396,8 +397,10 @@ def prepare_likelihood(observed: Observations) -> None:
 def _likelihood_block(
     log_rate: Float[Array, "point condition"], discrepancy: Float[Array, " point"], observed: Observations
 ) -> Float[Array, "point condition"]:
-    """The same program for all laws; few points at a time, as all wait for the one that needs most."""
-    return jax.lax.map(lambda x: marginal_log_likelihood(x[0], x[1], observed), (log_rate, discrepancy), batch_size=16)
+    """The same program for all laws; all points in one go wait for the one that needs most."""
+    return jax.lax.map(
+        lambda x: marginal_log_likelihood(x[0], x[1], observed), (log_rate, discrepancy), batch_size=AT_ONCE
+    )
 
 
 def table_error(
@@ -479,7 +482,7 @@ def _total(problem: Problem, model: np.ndarray, widths: PriorWidths) -> Float[np
 
 @Ahead
 def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "point condition"]:
-    return jax.vmap(table)(slots)
+    return jax.lax.map(table, slots, batch_size=AT_ONCE)
 
 
 def with_surrogate(
@@ -547,7 +550,7 @@ def _log_rates_of(law: Law) -> Callable[..., Array]:
 def _rates_block(
     values: dict[str, Array], inputs: Inputs, *, log_rates: Callable[..., Array]
 ) -> Float[Array, "point condition"]:
-    return jax.vmap(lambda one: log_rates(one, inputs))(values)
+    return jax.lax.map(lambda one: log_rates(one, inputs), values, batch_size=AT_ONCE)
 
 
 def _described(function: Any, law: Law, shapes: Shapes) -> Any:

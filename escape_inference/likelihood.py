@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 from numpy.polynomial import Chebyshev, Polynomial
 from numpy.polynomial.chebyshev import chebinterpolate
@@ -134,24 +135,41 @@ def _marginal_jvp(
 Moments = tuple[Array, Array, Array]
 
 
+@custom_vmap
 def _marginal_and_moments(log_rate: Array, discrepancy: Array, observed: Observations) -> Moments:
     """The logarithm of the integral over δ, and the mean of δ and of δ² over the integrand, for each condition."""
+    return jax.tree.map(lambda x: x[0], _of_points(log_rate[None], discrepancy[None], observed))
+
+
+@_marginal_and_moments.def_vmap
+def _of_batch(
+    count: int, batched: Any, log_rate: Array, discrepancy: Array, observed: Observations
+) -> tuple[Moments, tuple[bool, bool, bool]]:
+    if any(jax.tree.leaves(batched[2])):
+        axes = jax.tree.map(lambda each: 0 if each else None, tuple(batched))
+        found = jax.vmap(_marginal_and_moments.fun, axes)(log_rate, discrepancy, observed)
+    else:
+        log_rate, discrepancy = (jnp.broadcast_to(x, (count, *x.shape[-1:])) for x in (log_rate, discrepancy))
+        found = _of_points(log_rate, discrepancy, observed)
+    return found, (True, True, True)
+
+
+def _of_points(
+    log_rate: Float[Array, "point condition"], discrepancy: Float[Array, "point condition"], observed: Observations
+) -> Moments:
+    """All points by one quadrature: if each had its own, all would wait for both."""
     escapes, exposure = _exponential_twin(observed)
-    mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
+    mode, scale = jax.vmap(_mode_and_scale, (0, 0, None, None, None))(
+        log_rate, discrepancy, escapes, exposure, observed
+    )
+    each = 0, 0, 0, 0, None
+    by_nodes = lambda: jax.vmap(_over_nodes, each)(log_rate, discrepancy, mode, scale, observed)
     if observed.delayed.size:
-        return _over_nodes(log_rate, discrepancy, mode, scale, observed)
+        return by_nodes()
     log_hazard = log_rate + mode + jnp.log(observed.look_width)
+    small = lambda: jax.vmap(_over_small_hazards, each)(log_hazard, discrepancy, mode, scale, observed)
     largest = jnp.max(log_hazard + np.sqrt(2.0) * _X[-1] * scale)
-
-    def of_all(state: tuple[Moments, Array]) -> tuple[Moments, Array]:
-        rate, sigma = (
-            jnp.where(state[1], x, 1.0) for x in (log_rate, discrepancy)
-        )  # else all this would leave the loop
-        return _over_nodes(rate, sigma, mode, scale, observed), jnp.asarray(False)
-
-    # a loop of one round at most, which a batch of points skips unless some point needs it
-    start = _over_small_hazards(log_hazard, discrepancy, mode, scale, observed), largest > np.log(SMALL_HAZARD)
-    return jax.lax.while_loop(lambda state: state[1], of_all, start)[0]
+    return jax.lax.cond(largest > np.log(SMALL_HAZARD), by_nodes, small)
 
 
 def _over_nodes(log_rate: Array, discrepancy: Array, mode: Array, scale: Array, observed: Observations) -> Moments:
@@ -177,7 +195,7 @@ def _over_small_hazards(
 
     def excess(hazard: Array) -> Array:
         """``d log((1 − exp(−y)) / y) − y (looks − d)``."""
-        square, series = hazard**2, jnp.zeros_like(hazard)
+        square, series = jnp.minimum(hazard, SMALL_HAZARD) ** 2, 0.0  # never larger, but faster so
         for coefficient in _SHORT[::-1]:
             series = (series + coefficient) * square
         return escapes * series - hazard * looks

@@ -25,13 +25,13 @@ from typing import Any
 
 Say = Callable[[str], None]
 LIBRARIES = (
+    "escape_inference.copied",
     "numpyro",
     "arviz_stats",
     "xarray",
     "pandas",
     "scipy.stats",
     "escape_inference.comparison",
-    "escape_inference.copied",
 )  #: that start no threads of JAX
 
 
@@ -190,23 +190,29 @@ def _shares(workers: int) -> list[list[int]]:
     return [own[number % len(own) :: workers] for number in range(workers)]
 
 
+def _begin(share: list[int], module: str | None = None) -> None:
+    """Run on these processors, as long as the process that asks; what there is by now is never garbage."""
+    Thread(target=_end_with_parent, daemon=True).start()
+    _settle(share)
+    if module is not None:
+        import_module(module)
+    gc.freeze()
+    gc.enable()
+
+
 def _settle(share: list[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
 
 
 def _settle_on_next(free: Any) -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
-    _settle(free.get())
+    _begin(free.get())
 
 
 def _answer(pipe: Connection, share: list[int], module: str) -> None:
     """The life of a worker: Ctrl-C is for the process that asks, and with that process it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
-    _settle(share)
-    import_module(module)
-    gc.freeze()  # nothing of the modules is to be collected
+    _begin(share, module)
     with suppress(EOFError, BrokenPipeError):
         while True:
             function, arguments = pipe.recv()

@@ -233,6 +233,19 @@ def test_small_hazards_are_integrated_as_others_are(escapes, largest):
     np.testing.assert_allclose(short[1:], np.array(long[1:])[:, :-1], rtol=1e-7, atol=1e-7)
 
 
+def test_points_side_by_side_have_the_likelihoods_and_gradients_that_they_have_alone():
+    """Points of small hazards alone, and beside one at which a look finds an escape almost surely."""
+    observed = seen([40.0, 0.0, 3.0], [4000.0, 60.0, 9.0], 0.5)
+    log_rate = np.array([[-4.0, -6.0, -5.0], [-3.0, -5.0, -4.5], [4.0, -2.0, 5.0]])
+    sigma = np.array([[0.1], [0.7], [0.3]]) * np.ones(3)
+    alone = [together(*point, observed) for point in zip(log_rate, sigma, strict=True)]
+    batch = jax.jit(jax.vmap(marginal_and_slopes, in_axes=(0, 0, None)), compiler_options=QUICK)
+    for points in ([0, 1], [0, 1, 2]):
+        found = batch(log_rate[points], sigma[points], observed)
+        expected = [np.stack(x) for x in zip(*(alone[i] for i in points), strict=True)]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), list(found), expected)
+
+
 @pytest.mark.parametrize("of_all", [together, each], ids=["together", "each"])
 def test_a_rate_of_zero_forbids_escapes_and_nothing_else(of_all):
     value, *_ = of_all(np.full(3, -np.inf), np.full(3, 0.3), seen([0.0, 1.0, 40.0], 100.0, 0.1))

@@ -1,5 +1,6 @@
 """Processes that answer questions, and what is said when one of them cannot."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -31,6 +32,10 @@ def end(say):
 def take_long(say):
     say(str(os.getpid()))
     time.sleep(60)
+
+
+def collects(say):
+    return gc.isenabled()
 
 
 def where(say):
@@ -67,6 +72,12 @@ def test_an_error_there_is_raised_here_and_the_worker_goes_on(worker):
 def test_a_worker_that_ended_is_told_of(worker):
     with pytest.raises(ChildProcessError, match="memory"):
         worker.ask(end, say=print)
+
+
+def test_a_worker_collects_garbage_and_only_what_others_are_copies_of_ends_without_a_word(worker):
+    assert worker.ask(collects, say=print)
+    here = "import gc, sys, escape_inference.copied; sys.exit(3 if gc.isenabled() else 4)"
+    assert subprocess.run([sys.executable, "-c", here]).returncode == 3
 
 
 def note(name, say):
