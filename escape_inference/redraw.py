@@ -5,7 +5,7 @@ with many latent settings they are weighted anew. Where the Pareto shape says th
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
 from escape_inference.student import at_points
 
+STARTS = 1000  #: draws of a known posterior from which importance sampling begins, about
 REFIT_DRAWS = 400  #: draws of each chain where Markov chains run again
 LEAST_EFFECTIVE = 200.0  #: draws with weight that a posterior needs
 MOST_MORE = 10  #: times as many draws as are wanted, where few of them carry weight
@@ -52,6 +53,18 @@ class Sample(NamedTuple):
     evidence: Evidence
     log_joint: Float[np.ndarray, " draw"] | None = None
 
+    @property
+    def few_dimensions(self) -> bool:
+        """Whether another posterior is drawn by importance sampling."""
+        return len(self.problem.target.used) <= FEW_DIMENSIONS
+
+    @property
+    def start(self) -> "Sample":
+        """As many of the draws as another posterior begins with."""
+        every = slice(None, None, max(len(self.z) // STARTS, 1) if self.few_dimensions else 1)
+        kept: dict[str, Any] = {name: x[every] for name, x in self._asdict().items() if isinstance(x, np.ndarray)}
+        return self._replace(**kept)
+
     def without_law(self) -> "Sample":
         """The same for another process, which knows the law."""
         return self._replace(problem=self.problem.without_law())
@@ -69,19 +82,19 @@ def first_sample(fit: Fit, seed: int) -> Sample:
     data = _data(problem, everything, widths)
     evidence = bridge_log_evidence(densities(target.law, target.shapes)[0], z, data=data, seed=seed)
     flat, values = z.reshape(-1, z.shape[-1]), fit.log_likelihood.reshape(-1, fit.log_likelihood.shape[-1])
-    joint = _log_joint(problem, flat, everything, widths)
-    return Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence, joint)
+    sample = Sample(problem, widths, flat, np.zeros(len(flat)), values, evidence)
+    return sample if sample.few_dimensions else sample._replace(log_joint=_log_joint(problem, flat, everything, widths))
 
 
 @float64
 def with_prior(sample: Sample, widths: PriorWidths, *, seed: int, warmup: int, chains: int) -> Sample:
     """The posterior under a prior of other widths."""
-    everything = np.ones(sample.log_likelihood.shape[1])
+    draws = len(sample.z) // 2  # independent ones, worth more than those of a chain
+    everything, sample = np.ones(sample.log_likelihood.shape[1]), sample.start
     after, before = _log_joint(sample.problem, sample.z, everything, widths), sample.log_joint
     if before is None:
         before = _log_joint(sample.problem, sample.z, everything, sample.widths)
     log_ratio = sample.log_weight + after - before
-    draws = len(sample.z) // 2  # independent ones, worth more than those of a chain
     return _redraw(sample, log_ratio, everything, widths, draws=draws, seed=seed, warmup=warmup, chains=chains)
 
 
@@ -89,7 +102,7 @@ def with_prior(sample: Sample, widths: PriorWidths, *, seed: int, warmup: int, c
 def without_condition(sample: Sample, condition: int, *, seed: int, warmup: int, chains: int) -> Sample:
     """The posterior from all conditions but one; ``log_likelihood`` still has a column for it."""
     weight = np.ones(sample.log_likelihood.shape[1])
-    weight[condition] = 0.0
+    weight[condition], sample = 0.0, sample.start
     log_ratio = sample.log_weight - sample.log_likelihood[:, condition]
     draws = REFIT_DRAWS * chains
     return _redraw(sample, log_ratio, weight, sample.widths, draws=draws, seed=seed, warmup=warmup, chains=chains)
@@ -107,7 +120,7 @@ def _redraw(
     chains: int,
 ) -> Sample:
     problem = sample.problem
-    if len(problem.target.used) <= FEW_DIMENSIONS:
+    if sample.few_dimensions:
         start = sample.z, log_ratio
         for attempt in range(ATTEMPTS):
             data = _data(problem, weight, widths)
@@ -133,8 +146,8 @@ def _redraw(
         known = sample.evidence
         evidence = Evidence(known.log_evidence + shift, float(np.hypot(known.standard_error, error)), known.method)
         return _sample(problem, widths, sample.z, log_ratio, evidence)
-    few, count = len(problem.target.used) <= FEW_DIMENSIONS, max(draws // chains, 4)
-    for attempt in range(ATTEMPTS if few else 1):  # smaller steps after a divergence
+    count = max(draws // chains, 4)
+    for attempt in range(ATTEMPTS if sample.few_dimensions else 1):  # smaller steps after a divergence
         again, acceptance = seed + attempt, 1 - (1 - ACCEPTANCE) / 3**attempt
         run = run_chains(
             *(problem, weight, widths), seed=again, warmup=warmup, chains=chains, count=count, acceptance=acceptance
