@@ -43,6 +43,7 @@ AT_ONCE = 32  #: points in one go of a program: what it computes of more would n
 ERROR_WANTED = 0.15  #: of the log evidence; tempered Monte Carlo is repeated until it is reached
 MOST_RUNS = 12
 MOVES = 64
+TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may misplace, far below the noise of the draws
 CHECKED = 500  #: points at which a table is compared with the law
 NEAR_MARGIN = 0.8  #: half the width of the near table, in units of the range of the points
 CLOSE_MARGIN = 0.65  #: the same of a fine one that is made anew, unless points came to its edge
@@ -161,12 +162,17 @@ def explore(
     dim = len(itself.used)
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
-    if tabulated and announce is not None:
-        announce(blank := _blank(problem, "near"), seen_by(blank, observed))
     table = None
-    if tabulated:
-        _prepare_tempered(_blank(problem, "wide"), observed, size)
+    if tabulated:  # what is needed first is compiled first
         offset, scale = _prior_scales(law, inputs)
+        wide, near = (_blank(problem, extent) for extent in ("wide", "near"))
+        _prepare_rates(problem)
+        _prepare_tempered(wide, observed, size)
+        prepare_likelihood(observed)
+        _prepare_table(wide)
+        if announce is not None:
+            announce(near, seen_by(near, observed))
+        _prepare_table(near)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
     if table is not None:
         scout = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
@@ -198,6 +204,22 @@ def _prepare_tempered(target: Target, observed: Observations, size: int) -> None
     data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
     Sampler(log_prior, log_likelihood, from_prior, size, MOVES).prepare(data, dim)
+
+
+def _prepare_table(target: Target) -> None:
+    """Start compiling what finds the rates of a table of this shape at many points."""
+    slots = dict.fromkeys(SLOT_NAMES, jax.ShapeDtypeStruct((BLOCK,), np.float64))
+    _table_rates.prepare(target.inputs.surrogate, slots)
+
+
+def _prepare_rates(problem: Problem) -> None:
+    """Start compiling what finds the law's own rates and named values at many points, if that is a program."""
+    law, inputs, dim = problem.law, problem.inputs, len(problem.target.used)
+    if without_integrals(inputs):
+        each = jax.ShapeDtypeStruct((BLOCK,), np.float64)
+        _rates_block.prepare({p.name: each for p in _tabulated(law, inputs)}, inputs, log_rates=_log_rates_of(law))
+        fixed, sites = (inputs, problem.observed, DEFAULT_WIDTHS.as_arrays()), _sites_of(law, problem.shapes)
+        _sites_block.prepare(jax.ShapeDtypeStruct((BLOCK, dim), np.float64), *fixed, sites=sites)
 
 
 def _blank(problem: Problem, extent: str) -> Target:
@@ -248,6 +270,11 @@ def with_passage_tables(law: Law, inputs: Inputs, only_shipped: bool = False) ->
     settings = [(setting, spread) for _, setting, _ in known_settings(plain)]
     tables = tables_for(law, settings, only_shipped)
     return replace(inputs, passage=tables) if tables else inputs
+
+
+def without_integrals(inputs: Inputs) -> bool:
+    """Whether the law's rates at these inputs are closed forms and splines."""
+    return all(barrier == "saddle" or start in (inputs.passage or {}) for barrier, start, *_ in inputs.groups)
 
 
 def with_integrals(problem: Problem) -> Problem:
@@ -329,10 +356,8 @@ def named_values_at(
     problem: Problem, inputs: Inputs, z: Float[np.ndarray, "draw dim"], widths: PriorWidths = DEFAULT_WIDTHS
 ) -> dict[str, np.ndarray]:
     """Named values at many points of the law's unconstrained space, ``[draw, ...]``, with the rates of these inputs."""
-    if all(
-        barrier == "saddle" for barrier, *_ in inputs.groups
-    ):  # the law is as fast as its tables, which vary in shape
-        inputs = replace(inputs, surrogate=None)
+    if without_integrals(problem.inputs):  # the law is as fast as its tables, which vary in shape
+        inputs = problem.inputs
     fixed, sites = (inputs, problem.observed, widths.as_arrays()), _sites_of(problem.law, problem.shapes)
     return _in_blocks(lambda part: _sites_block(part, *fixed, sites=sites), np.asarray(z))
 
@@ -414,14 +439,20 @@ def table_error(
 
 
 def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
-    """The same for the splines that ship, estimated from coarser ones; 0 without them."""
-    inputs = problem.inputs
-    if not inputs.passage:
+    """The same for the splines that ship: an estimate from coarser ones that is on the safe side, or, if that is not small, by the
+    integrals; 0 without splines."""
+    if not problem.inputs.passage:
         return 0.0
-    coarse = replace(inputs, passage={start: table.coarser for start, table in inputs.passage.items()})
     model = problem.target.to_model(_spread_out(points))
-    one, two = (_total(replace(problem, inputs=each), model, DEFAULT_WIDTHS) for each in (inputs, coarse))
-    return misplaced((one - two) / RICHARDSON)
+    coarse = {start: table.coarser for start, table in problem.inputs.passage.items()}
+    own, other = (
+        _total(replace(problem, inputs=replace(problem.inputs, passage=tables)), model, DEFAULT_WIDTHS)
+        for tables in (problem.inputs.passage, coarse)
+    )
+    error = misplaced((own - other) / RICHARDSON)
+    return (
+        error if error <= TABLE_TOLERANCE else misplaced(own - _total(with_integrals(problem), model, DEFAULT_WIDTHS))
+    )
 
 
 def misplaced(error: Float[np.ndarray, " draw"]) -> float:
@@ -515,10 +546,10 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
         p.name: np.exp(column) if p.positive else column
         for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
     }
-    if all(barrier == "saddle" or start in (inputs.passage or {}) for barrier, start, *_ in inputs.groups):
-        bare, own = replace(inputs, surrogate=None), _log_rates_of(law)
+    if without_integrals(inputs):
+        own = _log_rates_of(law)
         return _in_blocks(
-            lambda *x: _rates_block(dict(zip(values, x, strict=True)), bare, log_rates=own), *values.values()
+            lambda *x: _rates_block(dict(zip(values, x, strict=True)), inputs, log_rates=own), *values.values()
         )
     parts = []  # integrals: those of all points and conditions in blocks of their own
     columns = {name: jax.device_put(value[:, None]) for name, value in values.items()}

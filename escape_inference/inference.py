@@ -19,6 +19,8 @@ from escape_inference.diagnostics import Convergence, check_convergence, with_to
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
+    AT_ONCE,
+    TABLE_TOLERANCE,
     Problem,
     Target,
     at_edge,
@@ -52,12 +54,11 @@ from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood
 
 DRAWS, WARMUP, CHAINS = 1000, 500, 4
-TABLE_TOLERANCE = 0.01  #: share of the posterior that tabulated rates may misplace, far below the noise of the draws
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 PRIOR, SAMPLING, RESIDUALS = 3, 4, 5  #: streams of random numbers
 ATTEMPTS = 6
-PATIENCE = 3  #: attempts by trajectories of one length before NUTS takes over
+PATIENCE = 3  #: attempts by trajectories of one length that fail before NUTS takes over
 TABLES = 2  #: finer ones that are made before the law itself takes the place of one that stays off
 ACCEPTANCE = 0.9
 ROUGHLY = 1.1  #: R-hat up to which chains are in the same place
@@ -175,18 +176,17 @@ def _announce(
 ) -> None:
     """Start compiling what the fit will need; ``seen`` is what was observed as the target takes it."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
-    keys = lambda count: jax.eval_shape(lambda: random_keys(0, count=count))
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
     conditions, total = len(observed.escapes), chains * draws
     log_joint = densities(target.law, target.shapes)[0]
     data = target.inputs, seen, DEFAULT_WIDTHS.as_arrays()
-    start = keys(chains), array(chains, dim), array(dim, dim), straight(dim)
+    start = jax.eval_shape(lambda: random_keys(0, count=chains)), array(chains, dim), array(dim, dim), straight(dim)
     sampler = nuts if target.inputs.surrogate is None else hmc
     sampler.prepare(
         *start, data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
     )
-    _residuals.prepare(keys(total), array(total, conditions), array(total), observed)
     prepare_likelihood(observed)
+    _residuals.prepare(array(total, conditions), array(total, conditions), array(total), observed)
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:
@@ -263,9 +263,9 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
     again = partial(run_chains, draws=draws, warmup=warmup, chains=chains)
     sound: list[Draws] = []
-    refusal, finer = 1 - ACCEPTANCE, 0
+    refusal, finer, failures = 1 - ACCEPTANCE, 0, 0
     for attempt in range(ATTEMPTS):
-        run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=attempt >= PATIENCE)
+        run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=failures >= PATIENCE)
         energy = run.energy
         points, hindered = run.z.reshape(-1, run.z.shape[-1]), run.diverging.any()
         if hindered:
@@ -275,9 +275,12 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
             run, energy = _joined(sound), np.concatenate([one.energy for one in sound], axis=1)
         points = run.z.reshape(-1, run.z.shape[-1])
         convergence = check_convergence(problem.target.to_model(run.z), run.diverging, energy)
-        error, of_spline = table_error(problem, points), spline_error(problem, points)
+        failures += not convergence.trustworthy
+        last, error, of_spline = attempt == ATTEMPTS - 1, table_error(problem, points), 0.0
+        if error <= tolerance and (last or convergence.trustworthy):
+            of_spline = spline_error(problem, points)
         off = error > tolerance or of_spline > TABLE_TOLERANCE
-        if attempt == ATTEMPTS - 1 or (not off and convergence.trustworthy):
+        if last or (not off and convergence.trustworthy):
             break
         if not convergence.rhat_max < ROUGHLY:  # chains that stand still say nothing of where the posterior is
             points = problem.particles
@@ -311,12 +314,12 @@ def summarise(problem: Problem, draws: Draws, convergence: Convergence) -> Fit:
 
 
 @Ahead
-def _residuals(keys: Array, log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
+def _residuals(share: Array, log_rate: Array, discrepancy: Array, observed: Observations) -> Array:
     """One draw of every condition's discrepancy for every posterior draw, ``[draw, condition]``."""
     return jax.lax.map(
         lambda one: conditional_discrepancy(one[0], one[1], one[2], observed),
-        (keys, log_rate, discrepancy),
-        batch_size=200,
+        (share, log_rate, discrepancy),
+        batch_size=AT_ONCE,
     )
 
 
@@ -328,8 +331,8 @@ def fit_tree(fit: Fit, prepared: Prepared, *, seed: int) -> xr.DataTree:
     chains, draws = fit.draws.z.shape[:2]
     prior_sites = problem.prior_sites
     log_rate, sigma = (fit.sites[name].reshape(chains * draws, -1) for name in ("log_rate", "discrepancy"))
-    keys = random_keys(seed, RESIDUALS, count=chains * draws)
-    residual = _residuals(keys, log_rate, sigma[:, 0], problem.observed)
+    share = np.random.default_rng([seed, RESIDUALS]).random(log_rate.shape)
+    residual = _residuals(share, log_rate, sigma[:, 0], problem.observed)
     predicted = replicate_escapes(rng, log_rate, sigma, problem.observed)
     prior_rate, prior_sigma = prior_sites["log_rate"][0], prior_sites["discrepancy"][0][:, None]
     prior_predicted = replicate_escapes(rng, prior_rate, prior_sigma, problem.observed)

@@ -217,19 +217,25 @@ def _over_small_hazards(
 
 
 def conditional_discrepancy(
-    key: Array, log_rate: Float[Array, " condition"], discrepancy: Float[Array, ""], observed: Observations
+    share: Float[Array, " condition"],
+    log_rate: Float[Array, " condition"],
+    discrepancy: Float[Array, ""],
+    observed: Observations,
 ) -> Float[Array, " condition"]:
-    """One draw of every condition's δ from its posterior given the law's rates and σ (by inversion, on a grid)."""
+    """The value of every condition's δ below which this share of its posterior lies, given the law's rates and σ, from a grid.
+
+    With shares from a uniform distribution they are draws.
+    """
     escapes, exposure = _exponential_twin(observed)
     mode, scale = _mode_and_scale(log_rate, discrepancy, escapes, exposure, observed)
     middle, width = jnp.linspace(-6.0, 6.0, 61)[:, None], 0.2
     delta = mode + scale * middle
     log_density = _log_likelihood(log_rate + delta, observed) - 0.5 * (delta / discrepancy) ** 2
-    share = jnp.exp(log_density - jnp.max(log_density, axis=0))
-    below = jnp.cumsum(share, axis=0)
-    wanted = jax.random.uniform(key, mode.shape) * below[-1]
+    density = jnp.exp(log_density - jnp.max(log_density, axis=0))
+    below = jnp.cumsum(density, axis=0)
+    wanted = share * below[-1]
     choice = jnp.minimum(jnp.sum(below < wanted, axis=0), len(middle) - 1)
-    chosen, up_to = (jnp.take_along_axis(x, choice[None], axis=0)[0] for x in (share, below))
+    chosen, up_to = (jnp.take_along_axis(x, choice[None], axis=0)[0] for x in (density, below))
     return mode + scale * (middle[choice, 0] + width * (0.5 - (up_to - wanted) / chosen))
 
 

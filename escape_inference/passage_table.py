@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.ndimage import convolve1d, spline_filter
+from scipy.ndimage import spline_filter
 
 from escape_inference.passage import LOOK_SHIFT, log_leading_rate, log_mean_passage_rate, log_potential
 
@@ -92,13 +92,23 @@ class PassageTable:
 
     @cached_property
     def coarser(self) -> "PassageTable":
-        """The spline through every second node, constant beyond: its difference from this one, over :data:`RICHARDSON`, is about the error."""
+        """The spline through every second node, constant beyond, written with the nodes of this one (each halving of steps repeats a
+        spline exactly): its difference from this one, over :data:`RICHARDSON`, is about the error."""
         values = np.asarray(self.coefficients)
         for axis in range(values.ndim):
-            values = convolve1d(values, np.array([1, 4, 1]) / 6, axis=axis, mode="mirror")
-        every_second = values[(slice(PAD, -PAD, 2),) * values.ndim]
-        low, step = np.asarray(self.low), np.asarray(self.step)
-        return _through(low + PAD * step, 2 * step, every_second, beyond=0.0)
+            c = np.moveaxis(values, axis, 0)
+            before, at, after = (c[k : len(c) - 2 * PAD + k : 2] for k in (PAD - 1, PAD, PAD + 1))
+            values = np.moveaxis((before + 4 * at + after) / 6, 0, axis)
+        coefficients = _coefficients(values)
+        for axis, size in enumerate(self.coefficients.shape):
+            c = np.moveaxis(coefficients, axis, 0)[PAD // 2 - 1 :][: size // 2 + 3]
+            between = (c[:-1] + c[1:]) / 2
+            finer = np.empty((size, *c.shape[1:]))
+            finer[::2] = ((between[:-1] + between[1:] + 2 * c[1:-1]) / 4)[: -(-size // 2)]
+            finer[1::2] = between[1:][: size // 2]
+            coefficients = np.moveaxis(finer, 0, axis)
+        with jax.enable_x64(True):
+            return replace(self, **jax.device_put({"coefficients": coefficients, "beyond": np.float64(0.0)}))
 
 
 def build_passage_table(
@@ -165,11 +175,15 @@ def _shipped(start: str, noise_exponent: float | None) -> PassageTable:
         return _through(*(file[name].astype(float) for name in ("low", "step", "values")))
 
 
-def _through(low: Any, step: Any, values: np.ndarray, beyond: float = 1.0) -> PassageTable:
-    padded = np.pad(values, PAD, mode="reflect", reflect_type="odd")
-    coefficients = spline_filter(padded, order=3, mode="mirror")
+def _through(low: Any, step: Any, values: np.ndarray) -> PassageTable:
     with jax.enable_x64(True):
-        return PassageTable(*jax.device_put((low - PAD * step, step, coefficients, np.float64(beyond))))
+        return PassageTable(*jax.device_put((low - PAD * step, step, _coefficients(values), np.float64(1.0))))
+
+
+def _coefficients(values: np.ndarray) -> np.ndarray:
+    """Of the splines through the values, ``PAD`` more on every side."""
+    padded = np.pad(values, PAD, mode="reflect", reflect_type="odd")
+    return spline_filter(padded, order=3, mode="mirror")
 
 
 class _Recorder:

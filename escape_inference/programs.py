@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 from typing import Any
 
 import jax
@@ -34,8 +34,7 @@ LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "blackjax")
 OPTIONS = {"xla_backend_optimization_level": 1}
 WAIT = 0.05  #: seconds between two looks at a program that another process makes
 PATIENCE = 100.0  #: seconds after which that process counts as suspended
-_THREADS = ThreadPoolExecutor(8, thread_name_prefix="compile")  # more than processors, as some of them wait
-_AT_WORK = BoundedSemaphore(len(processors()))
+_THREADS = ThreadPoolExecutor(len(processors()), thread_name_prefix="compile")
 
 
 def random_keys(*seed: int, count: int | None = None) -> jax.Array:
@@ -91,18 +90,42 @@ class Ahead:
         key = structure, tuple(shapes), tuple(sorted(static.items()))
         with self._lock:
             if wanted and key not in self._programs:
-                compile_ = float64(self._compile) if jax.config.read("jax_enable_x64") else self._compile
-                self._programs[key] = _THREADS.submit(compile_, structure, tuple(map(_shape, leaves)), static)
+                make = float64(self._make) if jax.config.read("jax_enable_x64") else self._make
+                program: Future = Future()
+                self._programs[key] = program
+                until = time.monotonic() + PATIENCE
+                _THREADS.submit(make, make, program, until, structure, tuple(map(_shape, leaves)), static)
             return self._programs.get(key)
 
-    def _compile(self, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], static: dict[str, Any]) -> Any:
+    def _make(
+        self,
+        again: Callable[..., None],
+        program: Future,
+        until: float,
+        structure: Any,
+        shapes: tuple[jax.ShapeDtypeStruct, ...],
+        static: dict[str, Any],
+    ) -> None:
+        """Make a program, unless another process makes the same one: then later, ``again``, after others that are wanted."""
+        try:
+            name = _stored_name(self.name, structure, shapes, static, self.options)
+            with _lock_of(name) as free:
+                if free or time.monotonic() > until:
+                    program.set_result(self._compile(name, structure, shapes, static))
+                    return
+            time.sleep(WAIT)
+            _THREADS.submit(again, again, program, until, structure, shapes, static)
+        except BaseException as error:
+            program.set_exception(error)
+
+    def _compile(
+        self, name: Path | None, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], static: dict[str, Any]
+    ) -> Any:
         def flat(*leaves: Any) -> Any:
             return self.function(*jax.tree.unflatten(structure, leaves), **static)
 
-        name = _stored_name(self.name, structure, shapes, static, self.options)
-        with _alone(name):
-            traced = _load(name) or _save(name, export.export(jax.jit(flat))(*shapes))
-            return jax.jit(traced.call, compiler_options=self.options).lower(*shapes).compile()
+        traced = _load(name) or _save(name, export.export(jax.jit(flat))(*shapes))
+        return jax.jit(traced.call, compiler_options=self.options).lower(*shapes).compile()
 
 
 def _described(static: dict[str, Any]) -> dict[str, str | None]:
@@ -133,18 +156,6 @@ def _sources() -> list[Path]:
     """Every module of this package; the folder of the laws is a link in a checkout."""
     walk = os.walk(Path(__file__).parent, followlinks=True)
     return sorted(Path(folder) / name for folder, _, names in walk for name in names if name.endswith(".py"))
-
-
-@contextmanager
-def _alone(name: Path | None) -> Iterator[None]:
-    """Make a program when a processor is free for it and no other process makes the same one."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        with _AT_WORK, _lock_of(name) as free:
-            if free or time.monotonic() > until:
-                yield
-                return
-        time.sleep(WAIT)
 
 
 @contextmanager

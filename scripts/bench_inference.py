@@ -1,9 +1,10 @@
 """How long the way from a table to a verdict takes, beside PyMC with nutpie, and whether it grows with the number of rows.
 
-    python scripts/bench_inference.py [--pymc PYTHON] [--rows 1000 10000000] [--parts verdict pymc rows]
+    python scripts/bench_inference.py [--pymc PYTHON] [--rows 1000 10000000] [--parts verdict fits pymc rows]
 
 * verdict: the command ``escape-inference compare`` with every law that applies, on 36 conditions x 40 runs simulated in a world
   with saddles and in one with thresholds; first with an empty cache of compiled programs, then again.
+* fits: the command ``escape-inference infer`` with each law on 100 threshold conditions x 40 runs, the cache empty before each.
 * pymc: posteriors of the power law and the Arrhenius law on the saddle table by ``escape-inference infer`` (empty and full cache)
   and by PyMC + nutpie with the same priors and the discrepancy of each condition as a parameter (``PYTHON`` has them).
 * rows: tables of so many rows at the same conditions; reading and aggregating apart from inference, which sees conditions only.
@@ -25,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 GOAL = {"empty cache": 40.0, "full cache": 12.0}
+FIT_GOAL = 20.0
 LAWS = ("power_law", "arrhenius")
 COMMAND = [sys.executable, "-m", "escape_inference.cli"]
 
@@ -68,6 +70,25 @@ def bench_verdict(folder: Path) -> None:
                 f"{barrier:<10} {len(report['laws'])} laws, {report['data']['conditions']} conditions, {state:<11} "
                 f"{wall:7.1f} s (goal {GOAL[state]:.0f} s), verdict {report['verdict']}"
             )
+
+
+def bench_fits(folder: Path) -> None:
+    """Posteriors of every law that applies on many threshold conditions, everything compiled anew."""
+    from escape_inference import World, make_design, prepare, simulate
+    from escape_inference.inference import applicable
+    from escape_inference.law import built_in_laws
+
+    design = make_design(World(dimension=3, barrier="threshold"), minima=25, learning_rates=4, seed=1)
+    truth = {"temperature_scale": 1.0, "effective_dimension": 3.0, "discrepancy": 0.1}
+    path = folder / "hundred.csv"
+    simulate("power_law", design, truth, seed=1).to_csv(path, index=False)
+    conditions = prepare(path).conditions
+    for name, law in built_in_laws().items():
+        if applicable(law, conditions):
+            cache = folder / f"cache_fit_{name}"
+            cache.mkdir()
+            wall, _ = timed([*COMMAND, "infer", str(path), "--law", name, "--output", str(folder / "fit"), "-q"], cache)
+            say(f"{name:<22} {len(conditions)} conditions, empty cache {wall:6.1f} s (goal {FIT_GOAL:.0f} s)")
 
 
 def bench_pymc(folder: Path, python: str) -> None:
@@ -190,6 +211,8 @@ def main(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         if "verdict" in arguments.parts:
             bench_verdict(folder)
+        if "fits" in arguments.parts:
+            bench_fits(folder)
         if "pymc" in arguments.parts and arguments.pymc:
             bench_pymc(folder, arguments.pymc)
         if "rows" in arguments.parts:
@@ -201,6 +224,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pymc", metavar="PYTHON", help="interpreter of an environment with pymc and nutpie")
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000_000])
-    parser.add_argument("--parts", nargs="+", choices=["verdict", "pymc", "rows"], default=["verdict", "pymc", "rows"])
+    parts = ["verdict", "fits", "pymc", "rows"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--worker", nargs=3, metavar=("LAW", "CONDITIONS", "STRENGTH"), help=argparse.SUPPRESS)
     main(parser.parse_args())

@@ -141,7 +141,11 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
     prepared = measured(minima=4, runs=20)
     problem = inference.build_problem(load_law("power_law"), prepared, draws=500, warmup=300)
     assert 0 < spline_error(problem, problem.particles) < inference.TABLE_TOLERANCE
-    blurred = {start: spline.coarser.coarser for start, spline in problem.inputs.passage.items()}
+    rough = np.random.default_rng(0).normal(scale=0.3, size=problem.inputs.passage["minimum"].coefficients.shape)
+    blurred = {
+        start: dataclasses.replace(spline, coefficients=spline.coefficients + rough)
+        for start, spline in problem.inputs.passage.items()
+    }
     blurred = focus(dataclasses.replace(problem, inputs=dataclasses.replace(problem.inputs, passage=blurred)))
     assert spline_error(blurred, problem.particles) > inference.TABLE_TOLERANCE
     fits = [inference.fit_law(one, seed=0, draws=500, warmup=300, chains=4) for one in (problem, blurred)]
