@@ -23,7 +23,6 @@ from escape_inference.exploration import (
     TABLE_TOLERANCE,
     Problem,
     Target,
-    at_edge,
     densities,
     explore,
     focus,
@@ -254,7 +253,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     """Sample the posterior, again and again where it is not where it was expected or the sampler did not converge, in the end by NUTS.
 
     Runs without divergences are joined and thinned, so that a slow posterior gets more draws; after a divergence the next run takes
-    smaller steps, or has a wider table of the law's rates if it came to the edge of the table. A table that is off at the draws is made
+    smaller steps and has a table of the law's rates around these draws. A table that is off at the draws is made
     anew around them and finer, from the integrals themselves where the splines that ship are not accurate enough there; where that does
     not help, the law itself is sampled (a program of its own).
     Rates that are off to the end make the fit untrustworthy.
@@ -269,7 +268,7 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
         energy = run.energy
         points, hindered = run.z.reshape(-1, run.z.shape[-1]), run.diverging.any()
         if hindered:
-            refusal /= 1 if at_edge(problem, points) else 3
+            refusal /= 3
         else:
             sound.append(run)
             run, energy = _joined(sound), np.concatenate([one.energy for one in sound], axis=1)
