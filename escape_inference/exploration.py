@@ -149,8 +149,9 @@ def explore(
     shapes: Shapes,
     seed: int,
     announce: Callable[[Target, Observations], None] | None = None,
+    error_wanted: float = ERROR_WANTED,
 ) -> Problem:
-    """Run tempered Monte Carlo from the prior and prepare the sampler.
+    """Run tempered Monte Carlo from the prior, until the log evidence has the error that is wanted, and prepare the sampler.
 
     ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
     """
@@ -182,7 +183,7 @@ def explore(
         _prepare_tempered(scout.target, observed, size)
         if announce is not None:
             announce(scout.target, observed)
-    evidence, outcome = _tempered(scout.target, observed, seed, size)
+    evidence, outcome = _tempered(scout.target, observed, seed, size, error_wanted)
     z, weight = outcome.particles.reshape(-1, outcome.particles.shape[-1]), outcome.weights.ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)
@@ -191,11 +192,11 @@ def explore(
     return focus(replace(scout, evidence=_of_the_law_itself(scout)))
 
 
-def _tempered(target: Target, observed: Observations, seed: int, size: int) -> tuple[Evidence, Outcome]:
+def _tempered(target: Target, observed: Observations, seed: int, size: int, wanted: float) -> tuple[Evidence, Outcome]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
     data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
     sizes: dict[str, Any] = {"particles": size, "moves": MOVES, "replicates": MOST_RUNS}
-    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=ERROR_WANTED, **sizes)
+    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=wanted, **sizes)
 
 
 def _prepare_tempered(target: Target, observed: Observations, size: int) -> None:

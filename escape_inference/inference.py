@@ -20,6 +20,7 @@ from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
     AT_ONCE,
+    ERROR_WANTED,
     TABLE_TOLERANCE,
     Problem,
     Target,
@@ -127,8 +128,13 @@ def build_problem(
     warmup: int = WARMUP,
     chains: int = CHAINS,
     pooling: str = "complete",
+    error_wanted: float = ERROR_WANTED,
 ) -> Problem:
     """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
+
+    Args:
+        law, prepared, seed, draws, warmup, chains, pooling: as those of :func:`infer`.
+        error_wanted: standard error of the log evidence by tempered Monte Carlo, nats; infinity if only the posterior counts.
 
     Raises:
         InputError: the law does not apply to the barriers in the table or is not finite over its prior, or no escape is left.
@@ -154,6 +160,7 @@ def build_problem(
         tuple(site_shapes(law, inputs, observed).items()),
         seed,
         partial(_announce, observed, chains, draws, warmup),
+        error_wanted,
     )
     prior = _prior_sites(problem, seed)
     bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
@@ -385,6 +392,6 @@ def infer(
     check_settings(settings, pooling)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
     prepared.settings.update(settings | {"pooling": pooling})
-    problem = build_problem(law, prepared, pooling=pooling, **settings)
+    problem = build_problem(law, prepared, pooling=pooling, error_wanted=np.inf, **settings)
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
     return fit_tree(fit, prepared, seed=seed)

@@ -164,12 +164,16 @@ def _of_points(
     )
     each = 0, 0, 0, 0, None
     by_nodes = lambda: jax.vmap(_over_nodes, each)(log_rate, discrepancy, mode, scale, observed)
+    most = jnp.zeros(())  # the logarithm of a probability; beyond all reason rounding may say anything else
     if observed.delayed.size:
-        return by_nodes()
-    log_hazard = log_rate + mode + jnp.log(observed.look_width)
-    small = lambda: jax.vmap(_over_small_hazards, each)(log_hazard, discrepancy, mode, scale, observed)
-    largest = jnp.max(log_hazard + np.sqrt(2.0) * _X[-1] * scale)
-    return jax.lax.cond(largest > np.log(SMALL_HAZARD), by_nodes, small)
+        found = by_nodes()
+        most = jnp.zeros(log_rate.shape[1:]).at[observed.delayed].set(observed.table_values.max(axis=1) + 1.0)
+    else:
+        log_hazard = log_rate + mode + jnp.log(observed.look_width)
+        small = lambda: jax.vmap(_over_small_hazards, each)(log_hazard, discrepancy, mode, scale, observed)
+        largest = jnp.max(log_hazard + np.sqrt(2.0) * _X[-1] * scale)
+        found = jax.lax.cond(largest > np.log(SMALL_HAZARD), by_nodes, small)
+    return jnp.minimum(found[0], most), *found[1:]
 
 
 def _over_nodes(log_rate: Array, discrepancy: Array, mode: Array, scale: Array, observed: Observations) -> Moments:

@@ -246,6 +246,16 @@ def test_points_side_by_side_have_the_likelihoods_and_gradients_that_they_have_a
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), list(found), expected)
 
 
+def test_no_record_is_more_than_certain_even_at_rates_and_discrepancies_beyond_all_reason():
+    rng = np.random.default_rng(3)
+    observed = seen([40.0, 0.0, 3.0], [4000.0, 60.0, 9.0], 0.5)
+    log_rate = rng.choice([-1, 1], (4000, 3)) * 10 ** rng.uniform(-2, 100, (4000, 3))
+    sigma = 10 ** rng.uniform(-4, 100, (4000, 1)) * np.ones(3)
+    for points in (slice(None), slice(0, 4), slice(4, 8)):
+        value = jax.jit(jax.vmap(marginal_log_likelihood, (0, 0, None)))(log_rate[points], sigma[points], observed)
+        assert not (np.asarray(value) > 0).any()
+
+
 @pytest.mark.parametrize("of_all", [together, each], ids=["together", "each"])
 def test_a_rate_of_zero_forbids_escapes_and_nothing_else(of_all):
     value, *_ = of_all(np.full(3, -np.inf), np.full(3, 0.3), seen([0.0, 1.0, 40.0], 100.0, 0.1))
