@@ -440,20 +440,20 @@ def table_error(
 
 
 def spline_error(problem: Problem, points: Float[np.ndarray, "point slot"]) -> float:
-    """The same for the splines that ship: an estimate from coarser ones that is on the safe side, or, if that is not small, by the
-    integrals; 0 without splines."""
-    if not problem.inputs.passage:
+    """The same for the splines that ship, estimated from coarser ones or, where that is not small, found by the integrals; 0 without them."""
+    tables, model = problem.inputs.passage, problem.target.to_model(_spread_out(points))
+    if not tables:
         return 0.0
-    model = problem.target.to_model(_spread_out(points))
-    coarse = {start: table.coarser for start, table in problem.inputs.passage.items()}
-    own, other = (
-        _total(replace(problem, inputs=replace(problem.inputs, passage=tables)), model, DEFAULT_WIDTHS)
-        for tables in (problem.inputs.passage, coarse)
+    total = lambda passage: _total(
+        replace(problem, inputs=replace(problem.inputs, passage=passage)), model, DEFAULT_WIDTHS
     )
-    error = misplaced((own - other) / RICHARDSON)
-    return (
-        error if error <= TABLE_TOLERANCE else misplaced(own - _total(with_integrals(problem), model, DEFAULT_WIDTHS))
-    )
+    own = total(tables)
+    step = own - (coarser := total({start: table.coarser for start, table in tables.items()}))
+    error = misplaced(step / RICHARDSON[0])
+    if error > TABLE_TOLERANCE:  # if it fell no faster than it must; how fast did it fall?
+        before = coarser - total({start: table.coarsest for start, table in tables.items()})
+        error = misplaced(step / np.clip(before.std() / step.std(), *RICHARDSON))
+    return error if error <= TABLE_TOLERANCE else misplaced(own - total(None))
 
 
 def misplaced(error: Float[np.ndarray, " draw"]) -> float:

@@ -37,7 +37,7 @@ SHIPPED_EXPONENTS = (0.0, 1.0, None)  #: None where q varies
 MARGIN = 6  #: grid points beyond the range on every side of a table that ships
 MARGIN_MADE = 2  #: the same of a table that is made for some measurements
 PAD = 8  #: points beyond those, by odd reflection, so that the spline leaves the grid straight
-RICHARDSON = 4.0  #: by which the error falls, at least, when the steps are halved (16 where they are small)
+RICHARDSON = (4.0, 16.0)  #: by which the error falls when the steps are halved, at least and where they are small
 STARTS = {"minimum": log_mean_passage_rate, "quasi_stationary": log_leading_rate}
 
 
@@ -92,21 +92,27 @@ class PassageTable:
 
     @cached_property
     def coarser(self) -> "PassageTable":
-        """The spline through every second node, constant beyond, written with the nodes of this one (each halving of steps repeats a
-        spline exactly): its difference from this one, over :data:`RICHARDSON`, is about the error."""
-        values = np.asarray(self.coefficients)
+        """The spline through every second node, constant beyond, written with the nodes of this one."""
+        return self._through_some(1)
+
+    @cached_property
+    def coarsest(self) -> "PassageTable":
+        """The same through every fourth node."""
+        return self._through_some(2)
+
+    def _through_some(self, halvings: int) -> "PassageTable":
+        """Splines repeat themselves exactly when their steps are halved."""
+        values, every = np.asarray(self.coefficients), 2**halvings
         for axis in range(values.ndim):
             c = np.moveaxis(values, axis, 0)
-            before, at, after = (c[k : len(c) - 2 * PAD + k : 2] for k in (PAD - 1, PAD, PAD + 1))
+            before, at, after = (c[k : len(c) - 2 * PAD + k : every] for k in (PAD - 1, PAD, PAD + 1))
             values = np.moveaxis((before + 4 * at + after) / 6, 0, axis)
         coefficients = _coefficients(values)
         for axis, size in enumerate(self.coefficients.shape):
-            c = np.moveaxis(coefficients, axis, 0)[PAD // 2 - 1 :][: size // 2 + 3]
-            between = (c[:-1] + c[1:]) / 2
-            finer = np.empty((size, *c.shape[1:]))
-            finer[::2] = ((between[:-1] + between[1:] + 2 * c[1:-1]) / 4)[: -(-size // 2)]
-            finer[1::2] = between[1:][: size // 2]
-            coefficients = np.moveaxis(finer, 0, axis)
+            c = np.moveaxis(coefficients, axis, 0)
+            for count in (size // 2 + PAD, size)[-halvings:]:
+                c = _halved(c, count)
+            coefficients = np.moveaxis(c, 0, axis)
         with jax.enable_x64(True):
             return replace(self, **jax.device_put({"coefficients": coefficients, "beyond": np.float64(0.0)}))
 
@@ -178,6 +184,16 @@ def _shipped(start: str, noise_exponent: float | None) -> PassageTable:
 def _through(low: Any, step: Any, values: np.ndarray) -> PassageTable:
     with jax.enable_x64(True):
         return PassageTable(*jax.device_put((low - PAD * step, step, _coefficients(values), np.float64(1.0))))
+
+
+def _halved(coefficients: np.ndarray, count: int) -> np.ndarray:
+    """So many coefficients of the same splines with half the steps along the first axis; the node at ``PAD`` stays where it is."""
+    c = coefficients[PAD // 2 - 1 :][: count // 2 + 3]
+    between = (c[:-1] + c[1:]) / 2
+    finer = np.empty((count, *c.shape[1:]))
+    finer[::2] = ((between[:-1] + between[1:] + 2 * c[1:-1]) / 4)[: -(-count // 2)]
+    finer[1::2] = between[1:][: count // 2]
+    return finer
 
 
 def _coefficients(values: np.ndarray) -> np.ndarray:

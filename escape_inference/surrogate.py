@@ -23,7 +23,7 @@ SLOTS = 3  #: parameters that a table can have; the slots that a law does not us
 #: Chebyshev nodes a parameter, by the number of parameters; "fine" is for a posterior whose rates a "near" table does not follow.
 NODES = {"near": {1: 28, 2: 26, 3: 14}, "fine": {1: 28, 2: 26, 3: 14}, "wide": {1: 40, 2: 28, 3: 18}}
 DEGREES = {extent: max(nodes.values()) for extent, nodes in NODES.items()}
-_FEW, _MANY = (16, 16, 1), (10, 10, 10)
+_FEW, _MANY = (16, 16, 1), (8, 8, 8)
 RANKS = {  #: polynomials of each slot, by the number of parameters
     "near": {1: (6, 6, 6), 2: (6, 6, 6), 3: (6, 6, 6)},
     "fine": {1: _FEW, 2: _FEW, 3: _MANY},
