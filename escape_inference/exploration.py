@@ -173,7 +173,6 @@ def explore(
         _prepare_table(wide)
         if announce is not None:
             announce(near, seen_by(near, observed))
-        _prepare_table(near)
         table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
     if table is not None:
         scout = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
@@ -181,9 +180,12 @@ def explore(
         splines = with_passage_tables(law, inputs)
         scout = replace(problem, prior_inputs=splines, near_inputs=splines, target=_itself(law, splines, shapes))
         _prepare_tempered(scout.target, observed, size)
+        prepare_likelihood(observed)
         if announce is not None:
             announce(scout.target, observed)
     evidence, outcome = _tempered(scout.target, observed, seed, size, error_wanted)
+    if table is not None:
+        _prepare_table(near)
     z, weight = outcome.particles.reshape(-1, outcome.particles.shape[-1]), outcome.weights.ravel()
     good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
     rng = np.random.default_rng(seed)

@@ -29,12 +29,12 @@ from escape_inference.exploration import (
     focus,
     log_likelihood_at,
     named_values_at,
-    prepare_likelihood,
     spline_error,
     table_error,
     with_integrals,
     without_table,
 )
+from escape_inference.later import read_ahead
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
 from escape_inference.model import (
@@ -159,9 +159,12 @@ def build_problem(
         observed,
         tuple(site_shapes(law, inputs, observed).items()),
         seed,
-        partial(_announce, observed, chains, draws, warmup),
+        partial(_announce, chains, draws, warmup),
         error_wanted,
     )
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
+    total, conditions = chains * draws, len(observed.escapes)
+    _residuals.prepare(array(total, conditions), array(total, conditions), array(total), observed)
     prior = _prior_sites(problem, seed)
     bad = ~(prior["log_rate"] < np.inf).all(axis=(0, 2))  # NaN or infinite; a rate of 0 may be meant
     if bad.any():
@@ -173,17 +176,15 @@ def build_problem(
 
 
 def _announce(
-    observed: Observations,
     chains: int,
     draws: int,
     warmup: int,
     target: Target,
     seen: Observations,
 ) -> None:
-    """Start compiling what the fit will need; ``seen`` is what was observed as the target takes it."""
+    """Start compiling the sampler, and reading what its draws are checked by; ``seen`` is what was observed as the target takes it."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
-    conditions, total = len(observed.escapes), chains * draws
     log_joint = densities(target.law, target.shapes)[0]
     data = target.inputs, seen, DEFAULT_WIDTHS.as_arrays()
     start = jax.eval_shape(lambda: random_keys(0, count=chains)), array(chains, dim), array(dim, dim), straight(dim)
@@ -191,8 +192,7 @@ def _announce(
     sampler.prepare(
         *start, data, np.asarray(0), np.asarray(ACCEPTANCE), log_joint=log_joint, warmup=warmup, draws=draws
     )
-    prepare_likelihood(observed)
-    _residuals.prepare(array(total, conditions), array(total, conditions), array(total), observed)
+    read_ahead("arviz_stats.base")
 
 
 def check_settings(settings: Mapping[str, Any], pooling: str) -> None:

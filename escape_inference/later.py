@@ -1,7 +1,7 @@
 """Libraries that take long to read and are not needed by every process, read when they are first used."""
 
 from importlib import import_module
-from threading import RLock
+from threading import RLock, Thread
 from typing import Any
 
 _READING = RLock()
@@ -15,3 +15,8 @@ def library(name: str) -> Any:
     """
     with _READING:
         return import_module(name)
+
+
+def read_ahead(name: str) -> None:
+    """Start reading a module that will be needed, while this thread waits for something else."""
+    Thread(target=library, args=(name,), daemon=True).start()
