@@ -40,7 +40,8 @@ class Evidence:
     Attributes:
         log_evidence: natural logarithm of Z. NaN when the method failed (it then agrees with nothing).
         standard_error: standard error of ``log_evidence``, nats.
-        method: ``"bridge"`` or ``"smc"``.
+        method: ``"bridge"``, ``"smc"``, ``"importance"`` (the mean weight of draws of another distribution), ``"savage_dickey"``, or
+            ``"none"`` before there is any.
     """
 
     log_evidence: float
