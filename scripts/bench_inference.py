@@ -4,7 +4,8 @@
 
 * verdict: the command ``escape-inference compare`` with every law that applies, on 36 conditions x 40 runs simulated in a world
   with saddles and in one with thresholds; first with an empty cache of compiled programs, then again.
-* fits: the command ``escape-inference infer`` with each law on 100 threshold conditions x 40 runs, the cache empty before each.
+* fits: the command ``escape-inference infer`` with each law on 100 threshold conditions x 40 runs, the cache empty before each, with the
+  effective dimension measured and without.
 * pymc: posteriors of the power law and the Arrhenius law on the saddle table by ``escape-inference infer`` (empty and full cache)
   and by PyMC + nutpie with the same priors and the discrepancy of each condition as a parameter (``PYTHON`` has them).
 * rows: tables of so many rows at the same conditions; reading and aggregating apart from inference, which sees conditions only.
@@ -80,15 +81,22 @@ def bench_fits(folder: Path) -> None:
 
     design = make_design(World(dimension=3, barrier="threshold"), minima=25, learning_rates=4, seed=1)
     truth = {"temperature_scale": 1.0, "effective_dimension": 3.0, "discrepancy": 0.1}
-    path = folder / "hundred.csv"
-    simulate("power_law", design, truth, seed=1).to_csv(path, index=False)
-    conditions = prepare(path).conditions
-    for name, law in built_in_laws().items():
-        if applicable(law, conditions):
-            cache = folder / f"cache_fit_{name}"
-            cache.mkdir()
-            wall, _ = timed([*COMMAND, "infer", str(path), "--law", name, "--output", str(folder / "fit"), "-q"], cache)
-            say(f"{name:<22} {len(conditions)} conditions, empty cache {wall:6.1f} s (goal {FIT_GOAL:.0f} s)")
+    table = simulate("power_law", design, truth, seed=1)
+    for state, columns in (
+        ("n measured", {"effective_dimension": truth["effective_dimension"]}),
+        ("n not measured", {}),
+    ):
+        path = folder / "hundred.csv"
+        table.assign(**columns).to_csv(path, index=False)
+        conditions = prepare(path).conditions
+        for name, law in built_in_laws().items():
+            if applicable(law, conditions):
+                cache = Path(tempfile.mkdtemp(dir=folder))
+                output = str(folder / "fit")
+                wall, _ = timed([*COMMAND, "infer", str(path), "--law", name, "--output", output, "--quiet"], cache)
+                say(
+                    f"{name:<22} {len(conditions)} conditions, {state:<14}, empty cache {wall:6.1f} s (goal {FIT_GOAL:.0f} s)"
+                )
 
 
 def bench_pymc(folder: Path, python: str) -> None:
