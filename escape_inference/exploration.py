@@ -217,11 +217,9 @@ def _prepare_table(target: Target) -> None:
 
 def _prepare_rates(problem: Problem) -> None:
     """Start compiling what finds the law's own rates and named values at many points, if that is a program."""
-    law, inputs, dim = problem.law, problem.inputs, len(problem.target.used)
+    inputs, dim = problem.inputs, len(problem.target.used)
     if without_integrals(inputs):
-        each = jax.ShapeDtypeStruct((BLOCK,), np.float64)
-        _rates_block.prepare({p.name: each for p in _tabulated(law, inputs)}, inputs, log_rates=_log_rates_of(law))
-        fixed, sites = (inputs, problem.observed, DEFAULT_WIDTHS.as_arrays()), _sites_of(law, problem.shapes)
+        fixed, sites = (inputs, problem.observed, DEFAULT_WIDTHS.as_arrays()), _sites_of(problem.law, problem.shapes)
         _sites_block.prepare(jax.ShapeDtypeStruct((BLOCK, dim), np.float64), *fixed, sites=sites)
 
 
@@ -545,15 +543,11 @@ def with_surrogate(
 def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Float[np.ndarray, "point condition"]:
     """The law's own log rates at points whose first coordinates are its parameters, all conditions and points at once."""
     law, inputs = problem.law, problem.inputs
-    values = {
-        p.name: np.exp(column) if p.positive else column
-        for p, column in zip(_tabulated(law, inputs), z.T, strict=False)
-    }
+    parameters = _tabulated(law, inputs)
     if without_integrals(inputs):
-        own = _log_rates_of(law)
-        return _in_blocks(
-            lambda *x: _rates_block(dict(zip(values, x, strict=True)), inputs, log_rates=own), *values.values()
-        )
+        model = np.pad(z[:, : len(parameters)], ((0, 0), (0, 2)))  # no prefactor
+        return named_values_at(problem, inputs, model)["log_rate"]
+    values = {p.name: np.exp(column) if p.positive else column for p, column in zip(parameters, z.T, strict=False)}
     parts = []  # integrals: those of all points and conditions in blocks of their own
     columns = {name: jax.device_put(value[:, None]) for name, value in values.items()}
     for part, setting, carried in known_settings(jax.tree.map(np.asarray, inputs)):
@@ -564,27 +558,6 @@ def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Flo
             rates = jax.jit(jax.vmap(lambda one: law.log_rate(one | carried, setting)))(values)  # noqa: B023
         parts.append(np.asarray(rates))
     return np.concatenate(parts, axis=1)
-
-
-@lru_cache(maxsize=64)
-def _log_rates_of(law: Law) -> Callable[..., Array]:
-    """Log rates of all conditions for named values; its identity is stable."""
-
-    def log_rates(values: dict[str, Array], inputs: Inputs) -> Array:
-        parts = [
-            jnp.broadcast_to(law.log_rate(values | carried, setting), (part.stop - part.start,))
-            for part, setting, carried in known_settings(inputs)
-        ]
-        return jnp.concatenate(parts)
-
-    return _described(log_rates, law, ())
-
-
-@partial(Ahead, static=("log_rates",))
-def _rates_block(
-    values: dict[str, Array], inputs: Inputs, *, log_rates: Callable[..., Array]
-) -> Float[Array, "point condition"]:
-    return jax.lax.map(lambda one: log_rates(one, inputs), values, batch_size=AT_ONCE)
 
 
 def _described(function: Any, law: Law, shapes: Shapes) -> Any:
