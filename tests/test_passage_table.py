@@ -9,7 +9,7 @@ import pytest
 from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp
 
-from escape_inference import inference, redraw
+from escape_inference import exploration, inference, redraw
 from escape_inference.exploration import exact_minus_table, focus, misplaced, spline_error, table_error
 from escape_inference.law import Law, Parameter, Setting, load_law
 from escape_inference.model import PriorWidths
@@ -154,10 +154,16 @@ def usual_log_rate(prepared):
 
 
 @float64
-def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place():
+def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place(monkeypatch):
     prepared = measured(minima=4, runs=20)
     problem = inference.build_problem(load_law("power_law"), prepared, draws=500, warmup=300)
-    assert 0 < spline_error(problem, problem.particles) < inference.TABLE_TOLERANCE
+    safe = spline_error(problem, problem.particles)
+    assert 0 < safe < inference.TABLE_TOLERANCE
+    with monkeypatch.context() as patch:  # how fast the error falls tells more, and the integrals all
+        patch.setattr(exploration, "TABLE_TOLERANCE", 0.9 * safe)
+        close = spline_error(problem, problem.particles)
+        patch.setattr(exploration, "TABLE_TOLERANCE", 0.0)
+        assert spline_error(problem, problem.particles) / 2 < close < 0.9 * safe
     rough = np.random.default_rng(0).normal(scale=0.3, size=problem.inputs.passage["minimum"].coefficients.shape)
     blurred = {
         start: dataclasses.replace(spline, coefficients=spline.coefficients + rough)
