@@ -32,7 +32,7 @@ from escape_inference.passage_table import RICHARDSON, tables_for
 from escape_inference.programs import Ahead
 from escape_inference.sampler import Shapes
 from escape_inference.student import at_points, normal_log_density
-from escape_inference.surrogate import LOADINGS, SLOTS, Surrogate, chebyshev_points, tabulate
+from escape_inference.surrogate import LOADINGS, SLOTS, Surrogate, chebyshev_points, importance_of_nodes, tabulate
 from escape_inference.tempering import Outcome, Sampler
 
 FEW_DIMENSIONS = 7
@@ -243,7 +243,7 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
     low, high = z.min(axis=0), z.max(axis=0)
     again = target.inputs.surrogate.core.shape[0] == LOADINGS["fine"] and not at_edge(problem, points)
     margin = CLOSE_MARGIN if again else NEAR_MARGIN
-    table = with_surrogate(problem, (low + high) / 2, margin * (high - low) + LEAST_REACH, problem.extent)
+    table = with_surrogate(problem, (low + high) / 2, margin * (high - low) + LEAST_REACH, problem.extent, z)
     if table is None:
         return problem
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
@@ -518,9 +518,13 @@ def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "poi
 
 
 def with_surrogate(
-    problem: Problem, center: Float[np.ndarray, " dim"], reach: Float[np.ndarray, " dim"], extent: str
+    problem: Problem,
+    center: Float[np.ndarray, " dim"],
+    reach: Float[np.ndarray, " dim"],
+    extent: str,
+    points: Float[np.ndarray, "point dim"] | None = None,
 ) -> Inputs | None:
-    """Inputs with the law's rates as polynomials over ``center ± reach``, or None where the rates are not finite there."""
+    """Inputs with the law's rates as polynomials over ``center ± reach``, best where the points are; None where the rates are not finite."""
     inputs, law = problem.inputs, problem.law
     parameters = _tabulated(law, inputs)
     count = len(parameters)
@@ -536,7 +540,8 @@ def with_surrogate(
     if not np.isfinite(rates).all():
         return None
     names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
-    table = tabulate(rates, middle, half_width, names, positive, extent)
+    importance = None if points is None else importance_of_nodes((points[:, :count] - middle) / half_width, extent)
+    table = tabulate(rates, middle, half_width, names, positive, extent, importance)
     return replace(inputs, surrogate=table, passage=None)
 
 

@@ -2,9 +2,10 @@
 
 The exact passage laws of a threshold are integrals, far too slow for the thousands of gradients of a sampler, and every law of its
 own would have to be compiled. But the log rate of every condition is a smooth function of the law's one to three parameters, so
-products of a few polynomials of each parameter reproduce it (a Tucker decomposition of its Chebyshev coefficients): roughly over the
-prior, where tempered Monte Carlo looks for the posterior, and to many digits over the region that the posterior occupies. Samplers then
-see numbers only, the same program for every law. Whoever samples with it checks draws against the exact law afterwards.
+products of a few polynomials of each parameter reproduce it (a Tucker decomposition of its values at Chebyshev nodes): roughly over the
+prior, where tempered Monte Carlo looks for the posterior, and to many digits over the region that the posterior occupies, most digits
+where most of it is. Samplers then see numbers only, the same program for every law. Whoever samples with it checks draws against the
+exact law afterwards.
 
 References:
     Trefethen, Approximation Theory and Approximation Practice (2013), chapter 3; De Lathauwer, De Moor and Vandewalle,
@@ -29,6 +30,7 @@ RANKS = {  #: polynomials of each slot, by the number of parameters
     "fine": {1: _FEW, 2: _FEW, 3: _MANY},
     "wide": {1: (8, 8, 8), 2: (8, 8, 8), 3: (8, 8, 8)},
 }
+WIDER, LEAST_WIDTH, LEAST_DENSITY = 1.5, 0.02, 1e-3  #: draws in other posteriors and in tails count, too
 LOADINGS = {"near": 16, "fine": 32, "wide": 24}  #: sums of products of them that the conditions share
 
 
@@ -99,9 +101,28 @@ def _basis(place: Float[Array, " slot"], polynomials: Array) -> Float[Array, "sl
 
 def chebyshev_points(dimension: int, extent: str) -> Float[np.ndarray, "point dimension"]:
     """All points of the tensor grid in [−1, 1]^dimension, the last coordinate fastest, for a table of this extent."""
+    return np.stack(np.meshgrid(*[_nodes(dimension, extent)] * dimension, indexing="ij"), axis=-1).reshape(
+        -1, dimension
+    )
+
+
+def _nodes(dimension: int, extent: str) -> Float[np.ndarray, " node"]:
     count = NODES[extent][dimension]
-    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-    return np.stack(np.meshgrid(*[nodes] * dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
+    return np.cos(np.pi * (np.arange(count) + 0.5) / count)
+
+
+def importance_of_nodes(
+    places: Float[np.ndarray, "draw dimension"], extent: str
+) -> Float[np.ndarray, "dimension node"]:
+    """How much errors matter at the nodes of a table of this extent: as often as draws come by, some of them far from the others.
+
+    >>> int(importance_of_nodes(np.random.default_rng(0).normal(0.5, 0.2, (1000, 1)), "near").argmax())  # the node at 0.53
+    9
+    """
+    dimension = places.shape[1]
+    nodes, middle, width = _nodes(dimension, extent), places.mean(axis=0), WIDER * places.std(axis=0) + LEAST_WIDTH
+    density = np.exp(-0.5 * ((nodes - middle[:, None]) / width[:, None]) ** 2) + LEAST_DENSITY
+    return density * np.sqrt(1 - nodes**2)  # by the distance of the nodes
 
 
 def tabulate(
@@ -111,8 +132,12 @@ def tabulate(
     names: tuple[str, ...],
     positive: tuple[bool, ...],
     extent: str,
+    importance: Float[np.ndarray, "parameter node"] | None = None,
 ) -> Surrogate:
     """The polynomials through log rates at ``center + half_width · chebyshev_points``.
+
+    Where there are more than the table holds, those are kept with which the squared errors at the nodes, times their ``importance``, are
+    least (nearly: a higher-order singular value decomposition).
 
     >>> points = chebyshev_points(1, "near")
     >>> table = tabulate(2 * points**2 - 1, np.zeros(1), np.ones(1), ("a",), (False,), "near")
@@ -124,12 +149,15 @@ def tabulate(
     angle = np.pi * (np.arange(count) + 0.5) / count
     transform = 2.0 / count * np.cos(np.arange(count)[:, None] * angle)
     transform[0] /= 2
+    stretch = np.sqrt(np.ones((dimension, count)) if importance is None else importance)
     core = rates.T.reshape(-1, *[count] * dimension)
+    for axis, own in enumerate(stretch):
+        core = np.moveaxis(np.moveaxis(core, axis + 1, -1) * own, -1, axis + 1)
     polynomials = np.zeros((SLOTS, DEGREES[extent], max(ranks)))
     polynomials[:, 0, 0] = 1.0
-    for axis, rank in zip(range(1, dimension + 1), ranks, strict=False):
-        basis, core = _leading(np.moveaxis(np.tensordot(transform, core, axes=(1, axis)), 0, axis), axis, rank)
-        polynomials[axis - 1, :count, : basis.shape[1]] = basis
+    for axis, (rank, own) in enumerate(zip(ranks, stretch, strict=False)):
+        basis, core = _leading(core, axis + 1, rank)
+        polynomials[axis, :count, : basis.shape[1]] = transform @ (basis / own[:, None])
     loadings, core = _leading(core, 0, most)
     idle = SLOTS - dimension
     core = core[(..., *[None] * idle)]

@@ -207,7 +207,7 @@ def test_where_a_table_of_few_polynomials_does_not_follow_a_law_a_finer_one_does
 
     def log_rate(values, setting):
         steepness = jnp.log(setting.diffusion_scale / 0.02) + setting.log_barrier
-        return usual - jnp.logaddexp(0.0, values["one"] + steepness * values["other"])
+        return usual - jnp.logaddexp(0.0, 2 * (values["one"] + steepness * values["other"]))
 
     law = Law(
         name="bent",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from escape_inference.precision import float64
-from escape_inference.surrogate import SLOTS, chebyshev_points, tabulate
+from escape_inference.surrogate import SLOTS, chebyshev_points, importance_of_nodes, tabulate
 
 NAMES = ("temperature_scale", "effective_dimension", "noise_exponent")
 POSITIVE = (True, True, False)
@@ -58,3 +58,23 @@ def test_a_table_is_constant_beyond_its_box_and_has_finite_slopes_at_the_edge():
     np.testing.assert_allclose(far, [2.0, 1.0], atol=1e-12)
     slopes = jax.jacobian(lambda a: table({"a": a, "b": jnp.array(0.5)}))(jnp.array(1.0))
     assert np.isfinite(slopes).all()
+
+
+@float64
+def test_a_table_is_most_exact_where_most_draws_are():
+    def corner(place):  # each condition's rate turns in another direction: more polynomials than a table holds
+        steepness = jnp.linspace(-4.0, 4.0, 20)
+        return -jnp.logaddexp(0.0, 2 * place[0] + steepness * place[1])
+
+    points, draws = chebyshev_points(2, "near"), np.random.default_rng(0).normal(0.1, 0.2, (1000, 2)).clip(-1, 1)
+    rates, box = np.asarray(jax.vmap(corner)(points)), (np.zeros(2), np.ones(2), ("a", "b"), (False, False))
+
+    def worst(importance, places):
+        table = tabulate(rates, *box, "near", importance)
+        return np.abs(jax.vmap(lambda x: table({"a": x[0], "b": x[1]}) - corner(x))(places)).max(axis=1)
+
+    importance = importance_of_nodes(draws, "near")
+    even, weighted = worst(None, draws), worst(importance, draws)
+    assert np.sqrt(np.mean(weighted**2)) < np.sqrt(np.mean(even**2)) / 3
+    edges = np.array([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])  # a chain that comes there finds a way back
+    assert worst(importance, edges).max() < 0.1 * np.ptp(rates)
