@@ -46,8 +46,12 @@ def straight(dim: int) -> Bend:
     return Bend(np.zeros(dim), np.eye(dim), np.zeros(((dim + 1) ** 2 if dim <= MOST_DIMENSIONS else 1, dim)))
 
 
-def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
-    """The transformation in which points of a posterior are straight, by least squares; none at all in many dimensions or for few points.
+def fit_bend(
+    points: Float[np.ndarray, "point dim"], weights: Float[np.ndarray, " point"] | None = None, least: float = 0.0
+) -> Bend:
+    """The transformation in which (weighted) points of a posterior are straight, by least squares; none at all in many dimensions or for few points.
+
+    A coordinate of which it explains less than the share ``least`` of the variance stays as it is.
 
     >>> r = np.linspace(-2, 2, 50)
     >>> around = np.stack([3 * r, r**2], axis=1)
@@ -57,16 +61,19 @@ def fit_bend(points: Float[np.ndarray, "point dim"]) -> Bend:
     count, dim = points.shape
     if dim > MOST_DIMENSIONS or count <= (dim + 1) * (dim + 2) // 2:
         return straight(dim)
-    center, bend = points.mean(axis=0), straight(dim)
-    variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T)))
+    share = np.full(count, 1 / count) if weights is None else weights / weights.sum()
+    center, bend, root = share @ points, straight(dim), np.sqrt(share)[:, None]
+    variance, vectors = np.linalg.eigh(np.atleast_2d(np.cov(points.T, aweights=share)))
     axes = vectors[:, ::-1] * np.sqrt(np.maximum(variance[::-1], LEAST_VARIANCE))
     places = np.linalg.solve(axes, (points - center).T).T
     w = places.copy()
     for k in range(1, dim):
         i, j = np.triu_indices(k + 1)
         known = _products(w, np)[:, allowed := i * (dim + 1) + j]
-        bend.coefficients[allowed, k] = np.linalg.lstsq(known, places[:, k], rcond=None)[0]
+        bend.coefficients[allowed, k] = np.linalg.lstsq(root * known, root[:, 0] * places[:, k], rcond=None)[0]
         w[:, k] = places[:, k] - known @ bend.coefficients[allowed, k]
+        if share @ w[:, k] ** 2 > (1 - least) * (share @ places[:, k] ** 2):
+            bend.coefficients[:, k], w[:, k] = 0.0, places[:, k]
     return Bend(center, axes, bend.coefficients)
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike
 from escape_inference.bridge import bridge_halves
 from escape_inference.precision import float64
 from escape_inference.student import LogDensity
-from escape_inference.tempering import Outcome, Sampler, tempered_log_evidences
+from escape_inference.tempering import Outcome, Revise, Sampler, tempered_log_evidences
 
 MAX_ERRORS, MAX_NATS = 3.0, 0.5  # two evidences agree within so many combined standard errors, and within so many nats
 
@@ -177,10 +177,14 @@ def smc(
     target: float = 0.5,
     max_temperatures: int = 500,
     wanted: float = 0.0,
+    revise: Revise | None = None,
 ) -> tuple[Evidence, Outcome]:
-    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior; fewer replicates where they give the error ``wanted``."""
+    """The evidence of :func:`smc_log_evidence` together with the particles at the posterior; fewer replicates where they give the error ``wanted``.
+
+    ``revise`` gets the pilot's particles and weights; unless it returns None, a pilot and all others run with the data that it returns.
+    """
     sampler = Sampler(log_prior, log_likelihood, sample_prior, particles, moves)
     outcome = tempered_log_evidences(
-        sampler, data, seed, target=target, wanted=wanted, replicates=replicates, steps=max_temperatures
+        sampler, data, seed, target=target, wanted=wanted, replicates=replicates, steps=max_temperatures, revise=revise
     )
     return Evidence(outcome.log_evidence, outcome.standard_error, "smc"), outcome

@@ -33,7 +33,7 @@ from escape_inference.programs import Ahead
 from escape_inference.sampler import Shapes
 from escape_inference.student import at_points, normal_log_density
 from escape_inference.surrogate import LOADINGS, SLOTS, Surrogate, chebyshev_points, importance_of_nodes, tabulate
-from escape_inference.tempering import Outcome, Sampler
+from escape_inference.tempering import Outcome, Revise, Sampler
 
 FEW_DIMENSIONS = 7
 SMALLEST_ROOM = 40  #: conditions in the smallest program; compiling another takes longer than computing with as many
@@ -50,6 +50,9 @@ CLOSE_MARGIN = 0.65  #: the same of a fine one that is made anew, unless points 
 LEAST_REACH = 1e-6  #: of the near table where all points are one
 EDGE = 0.9  #: of the near table, from which points are said to come to it
 WIDE_SDS = 4.5  #: half the width of the wide table, in standard deviations of the prior
+WIDE_TOLERANCE = 0.1  #: share of the posterior that it may misplace; the evidence is corrected for it
+SEEN = 0.01  #: share of a pilot near its edge with which it grows
+GROWTH, MOST_SDS = 3.0, 10.0  #: by how much and to what, in standard deviations of the prior
 LOG_DIMENSIONS = (float(np.log(0.002)), float(np.log(200.0)))
 SLOT_NAMES = tuple(f"slot_{k}" for k in range(SLOTS))
 
@@ -163,7 +166,7 @@ def explore(
     dim = len(itself.used)
     size = 1024 if dim <= FEW_DIMENSIONS else 2048
     problem = Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, dim)))
-    table = None
+    box = None
     if tabulated:  # what is needed first is compiled first
         offset, scale = _prior_scales(law, inputs)
         wide, near = (_blank(problem, extent) for extent in ("wide", "near"))
@@ -173,9 +176,19 @@ def explore(
         _prepare_table(wide)
         if announce is not None:
             announce(near, seen_by(near, observed))
-        table = with_surrogate(problem, offset, WIDE_SDS * scale, "wide")
-    if table is not None:
-        scout = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale))
+        box = rates_in_box(problem, offset - WIDE_SDS * scale, offset + WIDE_SDS * scale, "wide")
+    revise = None
+    if box is not None:
+        table = tabulated_in(problem, box, np.stack([offset - scale, offset + scale]))
+        scout, seen = replace(problem, prior_inputs=table, target=_slots(table, law, offset, scale)), box
+
+        def revise(z: np.ndarray, weight: np.ndarray) -> Any:
+            nonlocal scout, seen
+            if (found := _around_pilot(scout, seen, _resampled(z, weight, seed))) is None:
+                return None
+            scout, seen = found
+            return _data(scout.target, observed)
+
     else:
         splines = with_passage_tables(law, inputs)
         scout = replace(problem, prior_inputs=splines, near_inputs=splines, target=_itself(law, splines, shapes))
@@ -183,28 +196,63 @@ def explore(
         prepare_likelihood(observed)
         if announce is not None:
             announce(scout.target, observed)
-    evidence, outcome = _tempered(scout.target, observed, seed, size, error_wanted)
-    if table is not None:
+    evidence, outcome = _tempered(scout.target, observed, seed, size, error_wanted, revise)
+    if box is not None:
         _prepare_table(near)
     z, weight = outcome.particles.reshape(-1, outcome.particles.shape[-1]), outcome.weights.ravel()
-    good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
-    rng = np.random.default_rng(seed)
-    particles = z[good][rng.choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())]
-    scout = replace(scout, evidence=evidence, particles=particles)
+    scout = replace(scout, evidence=evidence, particles=_resampled(z, weight, seed))
     return focus(replace(scout, evidence=_of_the_law_itself(scout)))
 
 
-def _tempered(target: Target, observed: Observations, seed: int, size: int, wanted: float) -> tuple[Evidence, Outcome]:
+def _resampled(
+    z: Float[np.ndarray, "particle slot"], weight: Float[np.ndarray, " particle"], seed: int
+) -> Float[np.ndarray, "particle slot"]:
+    """Points of equal weight."""
+    good = np.isfinite(z).all(axis=1) & np.isfinite(weight)
+    chosen = np.random.default_rng(seed).choice(good.sum(), PARTICLES, p=weight[good] / weight[good].sum())
+    return z[good][chosen]
+
+
+def _around_pilot(
+    scout: Problem, box: "Box", particles: Float[np.ndarray, "particle slot"]
+) -> tuple[Problem, "Box"] | None:
+    """The table of tempered Monte Carlo made anew, best where a pilot saw the posterior and wider where it came to the edge; None if it was right."""
+    if misplaced(exact_minus_table(scout, particles, DEFAULT_WIDTHS)) < WIDE_TOLERANCE:
+        return None
+    target, count = scout.target, len(box.low)
+    offset, scale, place = target.offset[:count], target.scale[:count], place_in_table(scout, particles)
+    low = np.maximum(box.low - GROWTH * scale * ((place < -EDGE).mean(axis=0) > SEEN), offset - MOST_SDS * scale)
+    high = np.minimum(box.high + GROWTH * scale * ((place > EDGE).mean(axis=0) > SEEN), offset + MOST_SDS * scale)
+    if (low < box.low).any() or (high > box.high).any():
+        box = rates_in_box(scout, low, high, "wide") or box
+    prior = np.stack([target.offset - target.scale, target.offset + target.scale])
+    inputs = tabulated_in(scout, box, prior, target.to_model(particles))
+    return replace(scout, target=_slots(inputs, scout.law, target.offset, target.scale)), box
+
+
+def _data(target: Target, observed: Observations) -> Any:
+    """What the densities of a target take beside a point, with the prior as it is."""
+    return target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays()
+
+
+def _tempered(
+    target: Target,
+    observed: Observations,
+    seed: int,
+    size: int,
+    wanted: float,
+    revise: Revise | None,
+) -> tuple[Evidence, Outcome]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
-    data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
     sizes: dict[str, Any] = {"particles": size, "moves": MOVES, "replicates": MOST_RUNS}
-    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=wanted, **sizes)
+    data = _data(target, observed)
+    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=wanted, revise=revise, **sizes)
 
 
 def _prepare_tempered(target: Target, observed: Observations, size: int) -> None:
     """Start compiling for a target of this shape."""
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
-    data = (target.inputs, seen_by(target, observed), DEFAULT_WIDTHS.as_arrays())
+    data = _data(target, observed)
     dim = sum(int(np.prod(shape)) for _, (shape, _) in target.shapes)
     Sampler(log_prior, log_likelihood, from_prior, size, MOVES).prepare(data, dim)
 
@@ -243,9 +291,11 @@ def focus(problem: Problem, points: Float[np.ndarray, "point slot"] | None = Non
     low, high = z.min(axis=0), z.max(axis=0)
     again = target.inputs.surrogate.core.shape[0] == LOADINGS["fine"] and not at_edge(problem, points)
     margin = CLOSE_MARGIN if again else NEAR_MARGIN
-    table = with_surrogate(problem, (low + high) / 2, margin * (high - low) + LEAST_REACH, problem.extent, z)
-    if table is None:
+    middle, reach = (low + high) / 2, margin * (high - low) + LEAST_REACH
+    box = rates_in_box(problem, middle - reach, middle + reach, problem.extent)
+    if box is None:
         return problem
+    table = tabulated_in(problem, box, z)
     return replace(problem, near_inputs=table, target=_slots(table, problem.law, target.offset, target.scale))
 
 
@@ -517,32 +567,42 @@ def _table_rates(table: Surrogate, slots: dict[str, Array]) -> Float[Array, "poi
     return jax.lax.map(table, slots, batch_size=AT_ONCE)
 
 
-def with_surrogate(
-    problem: Problem,
-    center: Float[np.ndarray, " dim"],
-    reach: Float[np.ndarray, " dim"],
-    extent: str,
-    points: Float[np.ndarray, "point dim"] | None = None,
-) -> Inputs | None:
-    """Inputs with the law's rates as polynomials over ``center ± reach``, best where the points are; None where the rates are not finite."""
-    inputs, law = problem.inputs, problem.law
-    parameters = _tabulated(law, inputs)
+@dataclass(frozen=True)
+class Box:
+    """The law's log rates at the nodes of a table of some extent, which reaches from ``low`` to ``high`` in unconstrained space."""
+
+    low: Float[np.ndarray, " parameter"]
+    high: Float[np.ndarray, " parameter"]
+    extent: str
+    rates: Float[np.ndarray, "node condition"]
+
+
+def rates_in_box(
+    problem: Problem, low: Float[np.ndarray, " dim"], high: Float[np.ndarray, " dim"], extent: str
+) -> Box | None:
+    """Rates between two corners, or None where they are not finite there."""
+    parameters = _tabulated(problem.law, problem.inputs)
     count = len(parameters)
-    low, high = center[:count] - reach[:count], center[:count] + reach[:count]
+    low, high = low[:count].copy(), high[:count].copy()
     for i, p in enumerate(parameters):
         if p.name == "effective_dimension":
             low[i], high[i] = max(low[i], LOG_DIMENSIONS[0]), min(high[i], LOG_DIMENSIONS[1])
-    middle, half_width = (low + high) / 2, (high - low) / 2
     place = chebyshev_points(count, extent)
-    place[:, reach[:count] <= LEAST_REACH] = 0.0  # a parameter that is held: one value of it
+    place[:, high - low <= 2 * LEAST_REACH] = 0.0  # a parameter that is held: one value of it
     place, rows = np.unique(place, axis=0, return_inverse=True)
-    rates = _law_rates(problem, middle + half_width * place)[rows.ravel()]
-    if not np.isfinite(rates).all():
-        return None
+    rates = _law_rates(problem, (low + high) / 2 + (high - low) / 2 * place)[rows.ravel()]
+    return Box(low, high, extent, rates) if np.isfinite(rates).all() else None
+
+
+def tabulated_in(problem: Problem, box: Box, *where: Float[np.ndarray, "point dim"]) -> Inputs:
+    """Inputs with the law's rates as polynomials over a box, best where the points are."""
+    parameters, extent = _tabulated(problem.law, problem.inputs), box.extent
     names, positive = tuple(p.name for p in parameters), tuple(p.positive for p in parameters)
-    importance = None if points is None else importance_of_nodes((points[:, :count] - middle) / half_width, extent)
-    table = tabulate(rates, middle, half_width, names, positive, extent, importance)
-    return replace(inputs, surrogate=table, passage=None)
+    middle, half_width = (box.low + box.high) / 2, (box.high - box.low) / 2
+    places = [(points[:, : len(middle)] - middle) / half_width for points in where]
+    importance = np.sum([importance_of_nodes(place, extent) for place in places], axis=0)
+    table = tabulate(box.rates, middle, half_width, names, positive, extent, importance)
+    return replace(problem.inputs, surrogate=table, passage=None)
 
 
 def _law_rates(problem: Problem, z: Float[np.ndarray, "point parameter"]) -> Float[np.ndarray, "point condition"]:

@@ -30,7 +30,7 @@ RANKS = {  #: polynomials of each slot, by the number of parameters
     "fine": {1: _FEW, 2: _FEW, 3: _MANY},
     "wide": {1: (8, 8, 8), 2: (8, 8, 8), 3: (8, 8, 8)},
 }
-WIDER, LEAST_WIDTH, LEAST_DENSITY = 1.5, 0.02, 1e-3  #: draws in other posteriors and in tails count, too
+WIDER, LEAST_WIDTH, LEAST_DENSITY = 1.5, 0.02, 0.01  #: draws in other posteriors and in tails count, too
 LOADINGS = {"near": 16, "fine": 32, "wide": 24}  #: sums of products of them that the conditions share
 
 
@@ -122,7 +122,8 @@ def importance_of_nodes(
     dimension = places.shape[1]
     nodes, middle, width = _nodes(dimension, extent), places.mean(axis=0), WIDER * places.std(axis=0) + LEAST_WIDTH
     density = np.exp(-0.5 * ((nodes - middle[:, None]) / width[:, None]) ** 2) + LEAST_DENSITY
-    return density * np.sqrt(1 - nodes**2)  # by the distance of the nodes
+    density *= np.sqrt(1 - nodes**2)  # by the distance of the nodes
+    return density / density.sum(axis=1, keepdims=True)
 
 
 def tabulate(

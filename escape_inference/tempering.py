@@ -16,6 +16,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 from scipy.optimize import brentq
 
+from escape_inference.bend import Bend, bent, fit_bend, straight, unbent
 from escape_inference.later import library
 from escape_inference.programs import Ahead
 from escape_inference.student import (
@@ -29,15 +30,18 @@ from escape_inference.student import (
     prepare_density,
 )
 
+BENT = 0.3  # share of a coordinate's variance that a bend must explain; that of few chains may seem bent
+PILOTS = 4  # at most, where data are revised
 FEWEST = 4  # runs from whose spread an error is estimated
 PRIOR, MOVES = 1, 2  # streams of random numbers of one run
 LOWEST = -1e12  # log likelihood given to points where the likelihood vanishes or cannot be computed
 
 
 class Particle(NamedTuple):
-    """A point together with the two densities there, so that no density is evaluated twice."""
+    """A point, the same in straight coordinates, and the two densities there, so that no density is evaluated twice."""
 
     z: Any
+    straight: Any
     log_prior: Any
     log_likelihood: Any
 
@@ -51,10 +55,15 @@ class _ChainState(NamedTuple):
     moves: Array
 
 
+#: From a pilot's particles and weights: the data for another pilot and all other runs; None if they were right.
+Revise = Callable[[Float[np.ndarray, "particle dim"], Float[np.ndarray, " particle"]], Any]
+
+
 class Step(NamedTuple):
-    """A temperature, and the moments of the proposal with which it is reached."""
+    """A temperature, and the coordinates and moments of the proposal with which it is reached."""
 
     temperature: float
+    bend: Bend
     mean: Float[np.ndarray, " dim"]
     factor: Float[np.ndarray, "dim dim"]
 
@@ -83,17 +92,17 @@ class Sampler(NamedTuple):
         prepare_density(self.log_prior, dim, data)
         array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
         size, chains = self.particles, self.particles // self.moves
-        particles = Particle(array(size, dim), array(size), array(size))
+        particles = Particle(array(size, dim), array(size, dim), array(size), array(size))
         noise = array(chains, self.moves - 1, dim + FREEDOM + 2)
         parents = jax.ShapeDtypeStruct((chains,), np.int64)
         state = particles, array(size), array()
-        move.prepare(data, *state, array(), parents, noise, array(dim), array(dim, dim), **self._static)
+        move.prepare(data, *state, array(), parents, noise, straight(dim), array(dim), array(dim, dim), **self._static)
 
     def start(self, data: Any, seed: int, number: int) -> Particle:
         """Draws from the prior."""
         z = draws_of(self.sample_prior, self.particles, [seed, number, PRIOR], data)
         likelihood = at_points(self.log_likelihood, z, data)
-        return Particle(z, at_points(self.log_prior, z, data), np.where(likelihood > LOWEST, likelihood, LOWEST))
+        return Particle(z, z, at_points(self.log_prior, z, data), np.where(likelihood > LOWEST, likelihood, LOWEST))
 
     def move(self, data: Any, state: "_Weighted", step: Step, rng: np.random.Generator) -> tuple["_Weighted", float]:
         """The particles at the temperature of the step, and the increment of the log evidence."""
@@ -101,10 +110,11 @@ class Sampler(NamedTuple):
         share = np.cumsum(state.weights)
         parents = np.searchsorted(share, (np.arange(chains) + rng.random()) / chains * share[-1])  # systematic
         noise = rng.standard_normal((chains, self.moves - 1, dim + FREEDOM + 2))
+        particles = state.particles._replace(straight=unbent(step.bend, state.particles.z))
         found = move(
             data,
-            *(state.particles, state.weights, np.asarray(state.temperature)),
-            *(np.asarray(step.temperature), np.minimum(parents, self.particles - 1), noise, step.mean, step.factor),
+            *(particles, state.weights, np.asarray(state.temperature), np.asarray(step.temperature)),
+            *(np.minimum(parents, self.particles - 1), noise, step.bend, step.mean, step.factor),
             **self._static,
         )
         particles, weights, increment = jax.tree.map(np.asarray, found)
@@ -130,6 +140,7 @@ def move(
     after: Float[Array, ""],
     parents: Array,
     noise: Float[Array, "chain move normal"],
+    bend: Bend,
     mean: Float[Array, " dim"],
     factor: Float[Array, "dim dim"],
     *,
@@ -139,19 +150,19 @@ def move(
     """Chains from the ``parents`` among the particles at one temperature, weighted for the next; the increment of log Z."""
     tempered, waste_free = library("blackjax.smc.tempered"), library("blackjax.smc.waste_free")
 
-    def particle(z: Array) -> Particle:
-        likelihood = call(log_likelihood, z, data)
-        return Particle(z, call(log_prior, z, data), jnp.where(likelihood > LOWEST, likelihood, LOWEST))
+    def particle(w: Array) -> Particle:
+        likelihood = call(log_likelihood, z := bent(bend, w), data)
+        return Particle(z, w, call(log_prior, z, data), jnp.where(likelihood > LOWEST, likelihood, LOWEST))
 
     def metropolis(key: Array, state: _ChainState, density: LogDensity, noise: Array) -> tuple[_ChainState, Array]:
         """Metropolis-Hastings: with equal odds a local step (2.38**2 / d covariance) or a jump to the Student."""
-        z, random = state.position.z, noise[state.moves]
+        w, random = state.position.straight, noise[state.moves]
         jump, log_uniform = random[-2] > 0, log_ndtr(random[-1])
-        local = z + 2.38 / np.sqrt(z.size) * factor @ random[: z.size]
+        local = w + 2.38 / np.sqrt(w.size) * factor @ random[: w.size]
         student = Student(mean, factor * np.sqrt((FREEDOM - 2) / FREEDOM))
         proposed = particle(jnp.where(jump, student.transform(random[:-2]), local))
         log_density = density(proposed)
-        correction = jnp.where(jump, student.log_density(z) - student.log_density(proposed.z), 0.0)
+        correction = jnp.where(jump, student.log_density(w) - student.log_density(proposed.straight), 0.0)
         accept = log_uniform < log_density - state.log_density + correction
         position, kept = jax.tree.map(
             partial(jnp.where, accept), (proposed, log_density), (state.position, state.log_density)
@@ -172,15 +183,29 @@ def move(
 
 
 def tempered_log_evidences(
-    sampler: Sampler, data: Any, seed: int, *, target: float, wanted: float, replicates: int, steps: int
+    sampler: Sampler,
+    data: Any,
+    seed: int,
+    *,
+    target: float,
+    wanted: float,
+    replicates: int,
+    steps: int,
+    revise: Revise | None = None,
 ) -> Outcome:
     """Tempered runs from the prior to the posterior, ``FEWEST`` or as many up to ``replicates`` as give the ``wanted`` error.
 
     A pilot makes the plan of temperatures and proposals that they follow; its own outcome is left out.
     """
     data = jax.device_put(data)  # once for all steps
-    plan: list[Step] = []
-    _run(sampler, data, seed, 0, lambda state, done: _next_step(plan, state, target) if done < steps else None)
+    for left in reversed(range(PILOTS)):
+        plan: list[Step] = []
+        next_step = lambda state, done: _next_step(plan, state, target) if done < steps else None  # noqa: B023
+        *_, seen = _run(sampler, data, seed, 0, next_step)
+        revised = revise(seen.particles.z, seen.weights) if revise and left else None
+        if revised is None:
+            break
+        data = jax.device_put(revised)
     follow = lambda state, done: plan[done] if done < len(plan) else None
     found: list[tuple[float, float, _Weighted]] = []
     while len(found) < replicates:
@@ -222,12 +247,9 @@ def _next_step(plan: list[Step], state: _Weighted, target: float) -> Step:
     rest = 1 - state.temperature
     if excess(rest) <= 0:
         rest = float(brentq(excess, 0.0, rest, xtol=1e-300, rtol=1e-6, maxiter=2000))
-    plan.append(
-        Step(
-            1.0 if rest == 1 - state.temperature else state.temperature + rest,
-            *fit_normal(state.particles.z, state.weights),
-        )
-    )
+    bend = fit_bend(state.particles.z, state.weights, BENT)
+    temperature = 1.0 if rest == 1 - state.temperature else state.temperature + rest
+    plan.append(Step(temperature, bend, *fit_normal(unbent(bend, state.particles.z), state.weights)))
     return plan[-1]
 
 

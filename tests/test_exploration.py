@@ -1,13 +1,15 @@
 """What the samplers see of a table: the same numbers, in a program that tables of other sizes share."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import ks_2samp
 
 import escape_inference as ei
+from escape_inference.evidence import agree
 from escape_inference.exploration import densities, log_likelihood_at, room_for
-from escape_inference.inference import build_problem, prepare
-from escape_inference.law import load_law
+from escape_inference.inference import build_problem, fit_law, prepare
+from escape_inference.law import Law, Parameter, load_law
 from escape_inference.model import (
     DEFAULT_WIDTHS,
     PriorWidths,
@@ -17,6 +19,7 @@ from escape_inference.model import (
     site_shapes,
 )
 from escape_inference.precision import float64
+from escape_inference.redraw import first_sample
 from escape_inference.student import at_points, draws_of
 
 
@@ -82,3 +85,27 @@ def test_gradients_are_finite_where_an_unknown_loss_of_the_minimum_comes_to_lie_
     z[:, place] = np.linspace(0.0, 6.0, 200)
     slopes = jax.jit(jax.vmap(jax.grad(log_joint), in_axes=(0, None)))(z, data)
     assert np.isfinite(slopes).all()
+
+
+@float64
+def test_tempered_monte_carlo_follows_a_posterior_to_where_the_prior_hardly_reaches():
+    """Six of its standard deviations away, beyond the table with which the search begins."""
+    prepared = prepare(table_of(9))
+    frame = prepared.conditions.frame
+    usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
+    law = Law(
+        name="far",
+        title="rates that the prior does not expect",
+        source="made for this test",
+        parameters=(Parameter("level", 0.0, 1.0, "of order one", positive=False),),
+        temperature=lambda values, setting: setting.diffusion_scale,
+        log_rate=lambda values, setting: usual + 3 * (values["level"] - 6) + 0 * setting.learning_rate,
+    )
+    problem = build_problem(law, prepared, draws=500, warmup=300)
+    fit = fit_law(problem, seed=0, draws=500, warmup=300, chains=4)
+    seen, level = problem.target.to_model(problem.particles)[:, 0], fit.sites["level"]
+    assert fit.convergence.trustworthy
+    assert level.mean() > 5
+    assert abs(seen.mean() - level.mean()) < 0.5 * level.std()
+    assert problem.evidence.standard_error < 0.2
+    assert agree(problem.evidence, first_sample(fit, 0).evidence)
