@@ -1,7 +1,6 @@
 """What the samplers see of a table: the same numbers, in a program that tables of other sizes share."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import ks_2samp
 
