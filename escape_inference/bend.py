@@ -18,6 +18,7 @@ from jaxtyping import Float
 REACH = 5.0  #: standard deviations up to which the quadratic functions are followed; constant beyond
 MOST_DIMENSIONS = 7  #: in more there is no transformation: too few points are known for so many coefficients
 LEAST_VARIANCE = 1e-10
+BENT = 0.3  #: share of a coordinate's variance that a bend explains where it is no chance
 
 
 class Bend(NamedTuple):

@@ -152,9 +152,9 @@ def explore(
     shapes: Shapes,
     seed: int,
     announce: Callable[[Target, Observations], None] | None = None,
-    error_wanted: float = ERROR_WANTED,
+    runs: int = MOST_RUNS,
 ) -> Problem:
-    """Run tempered Monte Carlo from the prior, until the log evidence has the error that is wanted, and prepare the sampler.
+    """Run tempered Monte Carlo from the prior, until the log evidence has the error that is wanted or ``runs`` are made, and prepare the sampler.
 
     ``announce`` is called at once with a target of the shapes that the sampler will get, so that it can be compiled meanwhile.
     """
@@ -196,7 +196,7 @@ def explore(
         prepare_likelihood(observed)
         if announce is not None:
             announce(scout.target, observed)
-    evidence, outcome = _tempered(scout.target, observed, seed, size, error_wanted, revise)
+    evidence, outcome = _tempered(scout.target, observed, seed, size, runs, revise)
     if box is not None:
         _prepare_table(near)
     z, weight = outcome.particles.reshape(-1, outcome.particles.shape[-1]), outcome.weights.ravel()
@@ -240,13 +240,12 @@ def _tempered(
     observed: Observations,
     seed: int,
     size: int,
-    wanted: float,
+    runs: int,
     revise: Revise | None,
 ) -> tuple[Evidence, Outcome]:
     _, log_prior, log_likelihood, from_prior = densities(target.law, target.shapes)
-    sizes: dict[str, Any] = {"particles": size, "moves": MOVES, "replicates": MOST_RUNS}
-    data = _data(target, observed)
-    return smc(log_prior, log_likelihood, from_prior, data, seed, wanted=wanted, revise=revise, **sizes)
+    settings: dict[str, Any] = {"particles": size, "moves": MOVES, "replicates": runs, "wanted": ERROR_WANTED}
+    return smc(log_prior, log_likelihood, from_prior, _data(target, observed), seed, revise=revise, **settings)
 
 
 def _prepare_tempered(target: Target, observed: Observations, size: int) -> None:

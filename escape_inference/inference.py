@@ -13,14 +13,14 @@ import xarray as xr
 from jaxtyping import Array, Float
 
 from escape_inference import __version__
-from escape_inference.bend import fit_bend, straight, unbent
+from escape_inference.bend import BENT, fit_bend, straight, unbent
 from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence, with_too_few_chains
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
 from escape_inference.exploration import (
     AT_ONCE,
-    ERROR_WANTED,
+    MOST_RUNS,
     TABLE_TOLERANCE,
     Problem,
     Target,
@@ -57,6 +57,7 @@ DRAWS, WARMUP, CHAINS = 1000, 500, 4
 SPLINE_TOLERANCE = 0.05  #: the same from splines, which cannot be made anew around the draws
 PRIOR_DRAWS = 1000
 PRIOR, SAMPLING, RESIDUALS = 3, 4, 5  #: streams of random numbers
+FEW_RUNS = 2  #: of tempered Monte Carlo, from which the chains begin
 ATTEMPTS = 6
 PATIENCE = 3  #: attempts by trajectories of one length that fail before NUTS takes over
 TABLES = 2  #: finer ones that are made before the law itself takes the place of one that stays off
@@ -128,13 +129,13 @@ def build_problem(
     warmup: int = WARMUP,
     chains: int = CHAINS,
     pooling: str = "complete",
-    error_wanted: float = ERROR_WANTED,
+    runs: int = MOST_RUNS,
 ) -> Problem:
     """One law's problem, explored and ready to be sampled (so often; the sampler is compiled meanwhile).
 
     Args:
         law, prepared, seed, draws, warmup, chains, pooling: as those of :func:`infer`.
-        error_wanted: standard error of the log evidence by tempered Monte Carlo, nats; infinity if only the posterior counts.
+        runs: of tempered Monte Carlo at most; few if only the posterior counts and not the error of the log evidence.
 
     Raises:
         InputError: the law does not apply to the barriers in the table or is not finite over its prior, or no escape is left.
@@ -160,7 +161,7 @@ def build_problem(
         tuple(site_shapes(law, inputs, observed).items()),
         seed,
         partial(_announce, chains, draws, warmup),
-        error_wanted,
+        runs,
     )
     array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float64)
     total, conditions = chains * draws, len(observed.escapes)
@@ -269,7 +270,8 @@ def fit_law(problem: Problem, *, seed: int, draws: int, warmup: int, chains: int
     tolerance = TABLE_TOLERANCE if problem.target.inputs.passage is None else SPLINE_TOLERANCE
     again = partial(run_chains, draws=draws, warmup=warmup, chains=chains)
     sound: list[Draws] = []
-    refusal, finer, failures = 1 - ACCEPTANCE, 0, 0
+    is_bent = fit_bend(problem.particles, least=BENT).coefficients.any()
+    refusal, finer, failures = (1 - ACCEPTANCE) / (3 if is_bent else 1), 0, 0
     for attempt in range(ATTEMPTS):
         run = again(problem, everything, seed=seed + attempt, acceptance=1 - refusal, patient=failures >= PATIENCE)
         energy = run.energy
@@ -392,6 +394,6 @@ def infer(
     check_settings(settings, pooling)
     prepared = table if isinstance(table, Prepared) else prepare(table, seed=seed)
     prepared.settings.update(settings | {"pooling": pooling})
-    problem = build_problem(law, prepared, pooling=pooling, error_wanted=np.inf, **settings)
+    problem = build_problem(law, prepared, pooling=pooling, runs=FEW_RUNS, **settings)
     fit = fit_law(problem, seed=seed, draws=draws, warmup=warmup, chains=chains)
     return fit_tree(fit, prepared, seed=seed)

@@ -16,7 +16,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float
 from scipy.optimize import brentq
 
-from escape_inference.bend import Bend, bent, fit_bend, straight, unbent
+from escape_inference.bend import BENT, Bend, bent, fit_bend, straight, unbent
 from escape_inference.later import library
 from escape_inference.programs import Ahead
 from escape_inference.student import (
@@ -30,7 +30,6 @@ from escape_inference.student import (
     prepare_density,
 )
 
-BENT = 0.3  # share of a coordinate's variance that a bend must explain; that of few chains may seem bent
 PILOTS = 4  # at most, where data are revised
 FEWEST = 4  # runs from whose spread an error is estimated
 PRIOR, MOVES = 1, 2  # streams of random numbers of one run
