@@ -18,22 +18,7 @@ from escape_inference.conditions import Conditions, aggregate
 from escape_inference.diagnostics import Convergence, check_convergence, with_too_few_chains
 from escape_inference.errors import InputError
 from escape_inference.escape_check import EscapeCheck, check_escape
-from escape_inference.exploration import (
-    AT_ONCE,
-    MOST_RUNS,
-    TABLE_TOLERANCE,
-    Problem,
-    Target,
-    densities,
-    explore,
-    focus,
-    log_likelihood_at,
-    named_values_at,
-    spline_error,
-    table_error,
-    with_integrals,
-    without_table,
-)
+from escape_inference.exploration import MOST_RUNS, explore
 from escape_inference.later import read_ahead
 from escape_inference.law import Law, load_law
 from escape_inference.likelihood import Observations, conditional_discrepancy, replicate_escapes
@@ -48,7 +33,16 @@ from escape_inference.model import (
 )
 from escape_inference.posterior import to_tree
 from escape_inference.precision import float64
+from escape_inference.problem import AT_ONCE, Problem, Target, densities, log_likelihood_at, named_values_at
 from escape_inference.programs import Ahead, random_keys
+from escape_inference.rate_tables import (
+    TABLE_TOLERANCE,
+    focus,
+    spline_error,
+    table_error,
+    with_integrals,
+    without_table,
+)
 from escape_inference.sampler import Draws, hmc, nuts
 from escape_inference.table import read_measurements
 from escape_inference.waiting import GammaLikelihood, gamma_likelihood

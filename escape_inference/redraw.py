@@ -13,21 +13,14 @@ from scipy.special import logsumexp
 
 from escape_inference.cross_validation import pareto_limit, smoothed
 from escape_inference.evidence import Evidence, bridge_log_evidence
-from escape_inference.exploration import (
-    FEW_DIMENSIONS,
-    Problem,
-    densities,
-    exact_minus_table,
-    focus,
-    log_likelihood_at,
-    misplaced,
-    place_in_table,
-)
+from escape_inference.exploration import FEW_DIMENSIONS
 from escape_inference.importance import Weighted, effective_share, importance_sample
 from escape_inference.inference import ACCEPTANCE, Fit, run_chains
 from escape_inference.law import Law
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
+from escape_inference.problem import Problem, densities, log_likelihood_at
+from escape_inference.rate_tables import exact_minus_table, focus, misplaced, place_in_table
 from escape_inference.student import at_points
 
 STARTS = 1000  #: draws of a known posterior from which importance sampling begins, about

@@ -13,10 +13,11 @@ from jaxtyping import Float
 
 from escape_inference.cross_validation import pareto_limit
 from escape_inference.evidence import Evidence
-from escape_inference.exploration import Problem, densities, focus
 from escape_inference.importance import Weighted, importance_sample
 from escape_inference.model import PriorWidths
 from escape_inference.precision import float64
+from escape_inference.problem import Problem, densities
+from escape_inference.rate_tables import focus
 from escape_inference.student import LogDensity, at_points, normal_log_density
 
 

@@ -6,7 +6,6 @@ from scipy.stats import ks_2samp
 
 import escape_inference as ei
 from escape_inference.evidence import agree
-from escape_inference.exploration import densities, log_likelihood_at, room_for
 from escape_inference.inference import build_problem, fit_law, prepare
 from escape_inference.law import Law, Parameter, load_law
 from escape_inference.model import (
@@ -18,6 +17,7 @@ from escape_inference.model import (
     site_shapes,
 )
 from escape_inference.precision import float64
+from escape_inference.problem import densities, log_likelihood_at, room_for
 from escape_inference.redraw import first_sample
 from escape_inference.student import at_points, draws_of
 

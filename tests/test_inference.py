@@ -14,10 +14,11 @@ from escape_inference.comparison import compare
 from escape_inference.diagnostics import Convergence
 from escape_inference.errors import InputError
 from escape_inference.evidence import Evidence
-from escape_inference.exploration import Problem, _itself
 from escape_inference.inference import infer
 from escape_inference.law import Law, Parameter, kramers_log_prefactor
 from escape_inference.posterior import save_tree
+from escape_inference.problem import Problem
+from escape_inference.rate_tables import law_itself
 from escape_inference.sampler import Draws
 from escape_inference.sde import simulate_sde
 from escape_inference.worlds import World, make_design
@@ -27,7 +28,7 @@ TABLE = simulate_sde(World(dimension=1), make_design(World(dimension=1), minima=
 
 def unexplored(law, inputs, observed, shapes, *_):
     """The problem as it is before it is explored."""
-    nothing, itself = Evidence(float("nan"), float("nan"), "none"), _itself(law, inputs, shapes)
+    nothing, itself = Evidence(float("nan"), float("nan"), "none"), law_itself(law, inputs, shapes)
     return Problem(law, inputs, observed, shapes, inputs, inputs, itself, nothing, np.zeros((0, len(itself.used))))
 
 
@@ -77,18 +78,33 @@ def test_settings_that_the_command_refuses_are_refused_by_the_functions(setting,
 @pytest.mark.parametrize(("chains", "trustworthy"), [(4, True), (2, False)])
 def test_a_fit_with_fewer_than_four_chains_is_not_trustworthy_and_says_why(chains, trustworthy, monkeypatch):
     """However well its chains agree; and it is not sampled again for that."""
-    flat = np.zeros((chains, 100))
+    found, _ = fitted(monkeypatch, np.zeros((3, 1)), chains)
+    assert found.trustworthy == trustworthy
+    assert found.reason == ("" if trustworthy else "2 chains (must be 4 or more)")
+
+
+def fitted(monkeypatch, particles, chains=4):
+    """Convergence of a fit whose chains agree at once, and the acceptance that was asked of them."""
+    flat, asked = np.zeros((chains, 100)), []
     runs = [Draws(flat[..., None], flat.astype(bool), *[flat] * (len(Draws._fields) - 2))]
-    monkeypatch.setattr(inference, "run_chains", lambda *_, **__: runs.pop())
+    sample = lambda *_, acceptance, **__: (asked.append(acceptance), runs.pop())[1]
+    monkeypatch.setattr(inference, "run_chains", sample)
     monkeypatch.setattr(inference, "check_convergence", lambda *_: Convergence(1.0, 900.0, 0, 1.0, True, ""))
     monkeypatch.setattr(inference, "table_error", lambda *_: 0.0)
     monkeypatch.setattr(inference, "spline_error", lambda *_: 0.0)
     monkeypatch.setattr(inference, "summarise", lambda problem, run, convergence: convergence)
     target = SimpleNamespace(inputs=SimpleNamespace(passage=None), to_model=lambda z: z)
-    problem = SimpleNamespace(observed=SimpleNamespace(escapes=np.zeros(3)), target=target)
-    found = inference.fit_law(problem, seed=0, draws=100, warmup=100, chains=chains)
-    assert found.trustworthy == trustworthy
-    assert found.reason == ("" if trustworthy else "2 chains (must be 4 or more)")
+    problem = SimpleNamespace(observed=SimpleNamespace(escapes=np.zeros(3)), target=target, particles=particles)
+    return inference.fit_law(problem, seed=0, draws=100, warmup=100, chains=chains), asked
+
+
+def test_a_bent_posterior_is_sampled_with_smaller_steps_from_the_start(monkeypatch):
+    straight = np.random.default_rng(0).normal(size=(2000, 3))
+    curved = straight * [1.0, 0.1, 0.1]
+    curved[:, 1] += 0.3 * straight[:, 0] ** 2
+    usual, careful = (fitted(monkeypatch, particles)[1] for particles in (straight, curved))
+    assert usual == [inference.ACCEPTANCE]
+    assert usual < careful
 
 
 def test_what_trajectories_of_one_length_do_not_sample_is_left_to_nuts_and_told(monkeypatch):

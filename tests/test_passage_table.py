@@ -9,8 +9,7 @@ import pytest
 from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp
 
-from escape_inference import exploration, inference, redraw
-from escape_inference.exploration import exact_minus_table, focus, misplaced, spline_error, table_error
+from escape_inference import inference, rate_tables, redraw
 from escape_inference.law import Law, Parameter, Setting, load_law
 from escape_inference.model import PriorWidths
 from escape_inference.passage_table import (
@@ -26,6 +25,7 @@ from escape_inference.passage_table import (
     tables_for,
 )
 from escape_inference.precision import float64
+from escape_inference.rate_tables import exact_minus_table, focus, misplaced, spline_error, table_error
 from escape_inference.sde import simulate_sde
 from escape_inference.surrogate import LOADINGS
 from escape_inference.worlds import World, make_design
@@ -160,9 +160,9 @@ def test_where_a_spline_is_not_accurate_enough_the_integrals_take_its_place(monk
     safe = spline_error(problem, problem.particles)
     assert 0 < safe < inference.TABLE_TOLERANCE
     with monkeypatch.context() as patch:  # how fast the error falls tells more, and the integrals all
-        patch.setattr(exploration, "TABLE_TOLERANCE", 0.9 * safe)
+        patch.setattr(rate_tables, "TABLE_TOLERANCE", 0.9 * safe)
         close = spline_error(problem, problem.particles)
-        patch.setattr(exploration, "TABLE_TOLERANCE", 0.0)
+        patch.setattr(rate_tables, "TABLE_TOLERANCE", 0.0)
         assert spline_error(problem, problem.particles) / 2 < close < 0.9 * safe
     rough = np.random.default_rng(0).normal(scale=0.3, size=problem.inputs.passage["minimum"].coefficients.shape)
     blurred = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from escape_inference import load_law, programs
-from escape_inference.exploration import densities
 from escape_inference.law import built_in_laws
+from escape_inference.problem import densities
 from escape_inference.programs import Ahead
 
 fcntl = pytest.importorskip("fcntl")
