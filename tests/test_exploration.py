@@ -1,5 +1,7 @@
 """What the samplers see of a table: the same numbers, in a program that tables of other sizes share."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from scipy.stats import ks_2samp
@@ -7,7 +9,7 @@ from scipy.stats import ks_2samp
 import escape_inference as ei
 from escape_inference.evidence import agree
 from escape_inference.inference import build_problem, fit_law, prepare
-from escape_inference.law import Law, Parameter, load_law
+from escape_inference.law import Parameter, load_law
 from escape_inference.model import (
     DEFAULT_WIDTHS,
     PriorWidths,
@@ -92,12 +94,9 @@ def test_tempered_monte_carlo_follows_a_posterior_to_where_the_prior_hardly_reac
     prepared = prepare(table_of(9))
     frame = prepared.conditions.frame
     usual = float(np.log(frame["escapes"].sum() / frame["exposure"].sum()))
-    law = Law(
-        name="far",
-        title="rates that the prior does not expect",
-        source="made for this test",
+    law = dataclasses.replace(
+        load_law("constant_rate"),
         parameters=(Parameter("level", 0.0, 1.0, "of order one", positive=False),),
-        temperature=lambda values, setting: setting.diffusion_scale,
         log_rate=lambda values, setting: usual + 3 * (values["level"] - 6) + 0 * setting.learning_rate,
     )
     problem = build_problem(law, prepared, draws=500, warmup=300)
