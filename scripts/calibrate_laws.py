@@ -27,7 +27,7 @@ from rich.progress import track
 
 from escape_inference.conditions import aggregate
 from escape_inference.exploration import explore
-from escape_inference.inference import fit_law
+from escape_inference.inference import FEW_RUNS, fit_law
 from escape_inference.law import Law, built_in_laws, load_law
 from escape_inference.likelihood import Observations
 from escape_inference.model import (
@@ -123,7 +123,7 @@ def rank(
         return None
     observed = seen(escapes)
     true_sites, true_log_likelihood = jax.tree.map(np.asarray, at(truths[number], observed))
-    problem = explore(loaded, inputs, observed, tuple(shapes.items()), seed)
+    problem = explore(loaded, inputs, observed, tuple(shapes.items()), seed, runs=FEW_RUNS)
     fit = fit_law(problem, seed=seed + number, **settings)
     drawn = ranked(loaded, fit.sites, fit.log_likelihood)
     wanted = ranked(loaded, true_sites, true_log_likelihood)
