@@ -12,11 +12,7 @@ from scipy.special import logsumexp
 from escape_inference.evidence import Evidence, smc
 from escape_inference.law import Law
 from escape_inference.likelihood import Observations
-from escape_inference.model import (
-    DEFAULT_WIDTHS,
-    Inputs,
-    PriorWidths,
-)
+from escape_inference.model import DEFAULT_WIDTHS, Inputs, PriorWidths
 from escape_inference.problem import (
     BLOCK,
     SLOT_NAMES,
@@ -131,8 +127,8 @@ def _resampled(
 
 
 def _around_pilot(
-    scout: Problem, box: "Box", particles: Float[np.ndarray, "particle slot"]
-) -> tuple[Problem, "Box"] | None:
+    scout: Problem, box: Box, particles: Float[np.ndarray, "particle slot"]
+) -> tuple[Problem, Box] | None:
     """The table of tempered Monte Carlo made anew, best where a pilot saw the posterior and wider where it came to the edge; None if it was right."""
     if misplaced(exact_minus_table(scout, particles, DEFAULT_WIDTHS)) < WIDE_TOLERANCE:
         return None

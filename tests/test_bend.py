@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from escape_inference.bend import bent, fit_bend, straight, unbent
+from escape_inference.bend import BENT, bent, fit_bend, straight, unbent
 from escape_inference.precision import float64
 
 
@@ -41,3 +41,22 @@ def test_a_few_points_are_left_as_they_are():
     z = banana(10, 5)
     assert np.array_equal(unbent(fit_bend(z), z), z)
     assert np.array_equal(unbent(fit_bend(z[:1]), z[:1]), z[:1])
+
+
+@float64
+def test_a_point_of_weight_two_counts_as_two_points():
+    z = banana(400, 3)
+    weights = np.where(np.arange(400) < 100, 2.0, 1.0)
+    own, doubled = fit_bend(z, weights), fit_bend(np.concatenate([z, z[:100]]))
+    np.testing.assert_allclose(own.center, doubled.center, atol=1e-12)
+    points = banana(50, 3, seed=1)
+    squares = [unbent(one, points)[:, 1:] ** 2 for one in (own, doubled)]  # axes have lengths by n or n − 1, and signs
+    np.testing.assert_allclose(squares[0], squares[1], rtol=0.01)
+
+
+@float64
+def test_what_may_be_chance_is_not_straightened():
+    straight_cloud = np.random.default_rng(0).normal(size=(200, 3)) * [3.0, 2.0, 1.0]
+    assert fit_bend(straight_cloud).coefficients.any()
+    assert not fit_bend(straight_cloud, least=BENT).coefficients.any()
+    assert fit_bend(banana(200, 3), least=BENT).coefficients[:, 1].any()
